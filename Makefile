@@ -1,0 +1,69 @@
+# Two commands do everything, set-up included:  make train   make test
+#
+#   make train | test | lint | bench | mutants | clean
+#   make PY=python3 test     that interpreter as it is: installs nothing, works offline
+#
+# Without PY the commands run in .venv, created on first use (from PYTHON, default python3).
+
+PYTHON ?= python3
+RANKS ?= 4
+
+ifdef PY
+  RUN := $(PY)
+  ENV :=
+else
+  RUN := .venv/bin/python
+  ENV := .venv/.installed
+endif
+
+SOURCES := setup.py lion_kernels/_version.py $(wildcard csrc/*)
+BUILT := build/.built
+
+.PHONY: train test lint format bench mutants clean
+.DELETE_ON_ERROR:
+
+# The library in the tree belongs to one interpreter: another one builds its own.
+ifneq ($(shell cat $(BUILT) 2>/dev/null),$(RUN))
+  .PHONY: $(BUILT)
+endif
+
+train: $(BUILT)
+	@PYTHONPATH=. $(RUN) examples/launch.py --ranks $(RANKS) examples/train_bytes.py $(ARGS)
+
+test: $(BUILT)
+	@PYTHONPATH=. $(RUN) -m pytest $(ARGS)
+
+lint: $(ENV)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+	@$(RUN) -c "import clang_format; clang_format.clang_format()" --dry-run --Werror csrc/*.cpp csrc/*.h bench/*.cpp
+
+format: $(ENV)
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+	@$(RUN) -c "import clang_format; clang_format.clang_format()" -i csrc/*.cpp csrc/*.h bench/*.cpp
+
+bench: $(BUILT)
+	@PYTHONPATH=. $(RUN) bench/cpu.py $(ARGS)
+
+# Breaks a copy of the library on purpose, again and again; every break must fail a test.
+mutants: $(BUILT)
+	@PYTHONPATH=. $(RUN) tests/mutants.py $(ARGS)
+
+clean:
+	rm -rf build *.egg-info lion_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BUILT): $(ENV) $(SOURCES)
+	@mkdir -p build
+	@echo "building lion_kernels for $(RUN) (about a minute and a half on two cores) ..."
+	@$(RUN) setup.py -q build_ext --inplace > build/log 2>&1 || { grep -E "^lion_kernels|error" build/log || tail -n 20 build/log; exit 1; } >&2
+	@printf '%s' '$(RUN)' > $@
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'lion_kernels needs Python 3.10 or newer, got ' + sys.version.split()[0])"
+	@echo "creating .venv (torch and what the tests and the example need) ..."
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install -q torch==2.13.0 'setuptools>=77' wheel pybind11 ninja numpy
+	@.venv/bin/python -m pip install -q --no-build-isolation -e '.[train,dev,bench]' torch==2.13.0
+	@touch $@

@@ -1,0 +1,274 @@
+// encode, apply and lion_step over lists of CPU tensors: one parallel region a call.
+//
+// The lists are laid end to end in words of 32 elements, each tensor starting a word; threads take
+// equal runs of that word space, whatever the tensors' sizes. No arithmetic here.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "coin.h"
+#include "cpu.h"
+
+namespace lion {
+namespace {
+
+LionScalars scalars_of(double beta1, double beta2, double lr, double weight_decay, bool maximize) {
+  const double sign = maximize ? -1.0 : 1.0;
+  LionScalars s;
+  s.beta1 = static_cast<float>(beta1);
+  s.one_minus_beta1 = static_cast<float>(sign * (1.0 - beta1));
+  s.beta2 = static_cast<float>(beta2);
+  s.one_minus_beta2 = static_cast<float>(sign * (1.0 - beta2));
+  s.lr = static_cast<float>(lr);
+  s.decay = static_cast<float>(1.0 - lr * weight_decay);
+  return s;
+}
+
+// Tensors laid end to end in word space: tensor t owns words [first[t], first[t + 1]).
+struct WordSpace {
+  std::vector<int64_t> first{0};
+  void append(int64_t numel) { first.push_back(first.back() + words_of(numel)); }
+  int64_t n_words() const { return first.back(); }
+
+  // Calls visit(t, begin, end) for each tensor that has words in [begin, end), in parallel runs.
+  template <class Visit>
+  void for_each_run(Visit visit) const {
+    at::parallel_for(0, n_words(), kGrainWords, [&](int64_t begin, int64_t end) {
+      size_t t = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
+      for (; begin < end; ++t) {
+        const int64_t stop = std::min(end, first[t + 1]);
+        if (stop > begin) visit(t, begin, stop);
+        begin = std::max(begin, stop);
+      }
+    });
+  }
+};
+
+struct Segment {
+  int64_t offset, count;  // elements of the tensor
+};
+Segment segment_of(const WordSpace& space, size_t t, int64_t begin, int64_t end, int64_t numel) {
+  const int64_t offset = (begin - space.first[t]) * kBitsPerWord;
+  return {offset, std::min(numel - offset, (end - begin) * kBitsPerWord)};
+}
+
+template <class T>
+T* advance(T* data, int64_t bytes) {
+  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes));
+}
+
+// Calls visit(shard, word in shard, begin, end) for the pieces of [begin, end) in each shard.
+template <class Visit>
+void split_by_shard(int64_t words_per_shard, int64_t begin, int64_t end, Visit visit) {
+  while (begin < end) {
+    const int64_t shard = begin / words_per_shard;
+    const int64_t stop = std::min(end, (shard + 1) * words_per_shard);
+    visit(shard, begin - shard * words_per_shard, begin, stop);
+    begin = stop;
+  }
+}
+
+// The ballot of a tensor without a gradient on this rank: zero votes.
+void abstain(int64_t count, const BallotRun& run) {
+  for (int64_t i = 0; i * kBitsPerWord < count; ++i) {
+    const int64_t rest = count - i * kBitsPerWord;
+    const uint32_t valid = rest >= kBitsPerWord ? ~0u : (1u << rest) - 1u;
+    if (run.plane1 != nullptr) {
+      run.plane0[i] = valid;
+      run.plane1[i] = 0;
+    } else {
+      run.plane0[i] = valid & coins(run.coin_key, run.first_word + static_cast<uint64_t>(i));
+    }
+  }
+}
+
+struct Item {
+  void* data;
+  const void* grad;
+  void* exp_avg;
+  int64_t numel, data_size, exp_avg_size;  // sizes: bytes an element
+  DType dtype, exp_avg_dtype;
+};
+
+void check_exp_avg(const at::Tensor& exp_avg, int64_t i, const at::Tensor& like) {
+  TORCH_CHECK_VALUE(exp_avg.device() == like.device(), "exp_avgs[", i, "] must be on ",
+                    like.device(), ", got ", exp_avg.device());
+  check_dense(exp_avg, "exp_avgs", i, &like);
+}
+
+void check_room(int64_t n_words, const at::Tensor& planes, const char* name) {
+  TORCH_CHECK_VALUE(n_words <= planes.size(0) * planes.size(2), name, " of shape ",
+                    planes.sizes(), " has room for ", planes.size(0) * planes.size(2),
+                    " words a plane, the tensors need ", n_words);
+}
+
+void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+               const at::Tensor& lr, double beta1, double beta2, double weight_decay,
+               bool maximize, const std::optional<at::Tensor>& nonfinite) {
+  TORCH_CHECK_VALUE(params.size() == grads.size() && params.size() == exp_avgs.size(),
+                    "params, grads and exp_avgs must have equal lengths, got ", params.size(),
+                    ", ", grads.size(), " and ", exp_avgs.size());
+  WordSpace space;
+  std::vector<Item> items;
+  items.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    const at::Tensor &p = params[i], &g = grads[i], &m = exp_avgs[i];
+    const auto index = static_cast<int64_t>(i);
+    check_dense(p, "params", index);
+    TORCH_CHECK_VALUE(g.device() == p.device() && g.scalar_type() == p.scalar_type(), "grads[", i,
+                      "] must be ", p.scalar_type(), " on ", p.device(), ", got ",
+                      g.scalar_type(), " on ", g.device());
+    check_dense(g, "grads", index, &p);
+    check_exp_avg(m, index, p);
+    items.push_back({p.data_ptr(), g.const_data_ptr(), m.data_ptr(), p.numel(),
+                     static_cast<int64_t>(p.element_size()),
+                     static_cast<int64_t>(m.element_size()), dtype_of(p, "params", index),
+                     dtype_of(m, "exp_avgs", index)});
+    space.append(p.numel());
+  }
+  const LionScalars scalars =
+      scalars_of(beta1, beta2, scalar_value(lr, "lr"), weight_decay, maximize);
+  const auto& kernels = rows().step[nonfinite.has_value()];
+  std::atomic<int64_t> skipped{0};
+  space.for_each_run([&](size_t t, int64_t begin, int64_t end) {
+    const Item& item = items[t];
+    const Segment s = segment_of(space, t, begin, end, item.numel);
+    const int64_t n = kernels[item.dtype][item.exp_avg_dtype](
+        advance(item.data, s.offset * item.data_size),
+        advance(item.grad, s.offset * item.data_size),
+        advance(item.exp_avg, s.offset * item.exp_avg_size), s.count, scalars);
+    if (n != 0) skipped += n;
+  });
+  if (nonfinite.has_value() && skipped != 0) nonfinite->add_(skipped.load());
+}
+
+void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList exp_avgs,
+            const at::Tensor& ballot, double beta1, double beta2, bool maximize, int64_t seed,
+            int64_t rank, const at::Tensor& step, const at::Tensor& nonfinite) {
+  TORCH_CHECK_VALUE(grads.size() == exp_avgs.size(),
+                    "grads and exp_avgs must have equal lengths, got ", grads.size(), " and ",
+                    exp_avgs.size());
+  check_planes(ballot, "ballot", 3);
+  TORCH_CHECK_VALUE(ballot.size(1) == 1 || ballot.size(1) == 2,
+                    "ballot must have 1 plane (binary) or 2 (ternary), got ", ballot.size(1));
+  WordSpace space;
+  std::vector<Item> items;
+  items.reserve(exp_avgs.size());
+  for (size_t i = 0; i < exp_avgs.size(); ++i) {
+    const at::Tensor& m = exp_avgs[i];
+    const auto index = static_cast<int64_t>(i);
+    Item item{nullptr, nullptr, m.data_ptr(), m.numel(), 0,
+              static_cast<int64_t>(m.element_size()), kFloat32, dtype_of(m, "exp_avgs", index)};
+    check_dense(m, "exp_avgs", index);
+    const std::optional<at::Tensor> g = grads.get(i);
+    if (g.has_value()) {
+      TORCH_CHECK_VALUE(g->device() == m.device(), "grads[", i, "] must be on ", m.device(),
+                        ", got ", g->device());
+      check_dense(*g, "grads", index, &m);
+      item.grad = g->const_data_ptr();
+      item.dtype = dtype_of(*g, "grads", index);
+      item.data_size = static_cast<int64_t>(g->element_size());
+    }
+    items.push_back(item);
+    space.append(m.numel());
+  }
+  check_room(space.n_words(), ballot, "ballot");
+
+  const bool ternary = ballot.size(1) == 2;
+  const uint64_t key = coin_key(seed, rank, static_cast<int64_t>(scalar_value(step, "step")));
+  const LionScalars scalars = scalars_of(beta1, beta2, 0.0, 0.0, maximize);
+  auto* words = reinterpret_cast<uint32_t*>(ballot.data_ptr<int32_t>());
+  const int64_t words_per_shard = ballot.size(2);
+  const int64_t shard_stride = ballot.stride(0), plane_stride = ballot.stride(1);
+  const RowKernels& kernels = rows();
+  std::atomic<int64_t> skipped{0};
+  space.for_each_run([&](size_t t, int64_t first, int64_t last) {
+    const Item& item = items[t];
+    split_by_shard(words_per_shard, first, last, [&](int64_t shard, int64_t word, int64_t begin,
+                                                     int64_t end) {
+      uint32_t* plane0 = words + shard * shard_stride + word;
+      const BallotRun run{plane0, ternary ? plane0 + plane_stride : nullptr, key,
+                          static_cast<uint64_t>(begin)};
+      const Segment s = segment_of(space, t, begin, end, item.numel);
+      if (item.grad == nullptr) {
+        abstain(s.count, run);
+        return;
+      }
+      const int64_t n = kernels.encode[item.dtype][item.exp_avg_dtype](
+          advance(item.grad, s.offset * item.data_size),
+          advance(item.exp_avg, s.offset * item.exp_avg_size), s.count, scalars, run);
+      if (n != 0) skipped += n;
+    });
+  });
+  // Words behind the last tensor: the buffer may hold anything.
+  split_by_shard(words_per_shard, space.n_words(), ballot.size(0) * words_per_shard,
+                 [&](int64_t shard, int64_t word, int64_t begin, int64_t end) {
+                   for (int64_t b = 0; b < ballot.size(1); ++b)
+                     std::fill_n(words + shard * shard_stride + b * plane_stride + word,
+                                 end - begin, 0u);
+                 });
+  if (skipped != 0) nonfinite.add_(skipped.load());
+}
+
+void apply(at::TensorList params, const at::Tensor& verdict, const at::Tensor& presence,
+           int64_t scale, const at::Tensor& lr, double weight_decay) {
+  check_planes(verdict, "verdict", 3);
+  check_planes(presence, "presence", 2);
+  TORCH_CHECK_VALUE(verdict.size(1) >= 1 && verdict.size(1) <= kMaxPlanes,
+                    "verdict must have 1 to ", kMaxPlanes, " planes, got ", verdict.size(1));
+  TORCH_CHECK_VALUE(scale >= 1, "scale must be at least 1, got ", scale);
+  TORCH_CHECK_VALUE(words_of(static_cast<int64_t>(params.size())) <= presence.size(1),
+                    "presence of shape ", presence.sizes(), " has no flag for each of ",
+                    params.size(), " tensors");
+  WordSpace space;
+  std::vector<Item> items;
+  items.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    const at::Tensor& p = params[i];
+    const auto index = static_cast<int64_t>(i);
+    check_dense(p, "params", index);
+    int32_t any = 0;
+    const int32_t* flags = presence.const_data_ptr<int32_t>() + index / kBitsPerWord;
+    for (int64_t r = 0; r < presence.size(0); ++r) any |= flags[r * presence.stride(0)];
+    const bool present = (static_cast<uint32_t>(any) >> (index % kBitsPerWord)) & 1u;
+    items.push_back({present ? p.data_ptr() : nullptr, nullptr, nullptr, p.numel(),
+                     static_cast<int64_t>(p.element_size()), 0, dtype_of(p, "params", index),
+                     kFloat32});
+    space.append(p.numel());
+  }
+  check_room(space.n_words(), verdict, "verdict");
+
+  const double lr_value = scalar_value(lr, "lr");
+  const auto* words = reinterpret_cast<const uint32_t*>(verdict.const_data_ptr<int32_t>());
+  VerdictRun shape{nullptr,
+                   verdict.stride(1),
+                   static_cast<int>(verdict.size(1)),
+                   static_cast<float>(scale),
+                   static_cast<float>(lr_value / static_cast<double>(scale)),
+                   static_cast<float>(1.0 - lr_value * weight_decay)};
+  const RowKernels& kernels = rows();
+  space.for_each_run([&](size_t t, int64_t first, int64_t last) {
+    const Item& item = items[t];
+    if (item.data == nullptr) return;
+    split_by_shard(verdict.size(2), first, last,
+                   [&](int64_t shard, int64_t word, int64_t begin, int64_t end) {
+                     VerdictRun run = shape;
+                     run.plane0 = words + shard * verdict.stride(0) + word;
+                     const Segment s = segment_of(space, t, begin, end, item.numel);
+                     kernels.apply[item.dtype](advance(item.data, s.offset * item.data_size),
+                                               s.count, run);
+                   });
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lion_kernels, CPU, m) {
+  m.impl("lion_step", lion_step);
+  m.impl("encode", encode);
+  m.impl("apply", apply);
+}
+
+}  // namespace lion

@@ -1,0 +1,139 @@
+// encode, apply and lion_step on one contiguous run of elements, 32 at a time (one ballot word).
+//
+// Included inside the namespace of a SIMD level, after simd.h. The arithmetic of all three rooms
+// stands here once:  c = fma(1 - beta1, g, beta1 * m),  p = fma(p, decay, -step).
+
+constexpr int kVecs = kBitsPerWord / Vec::kLanes;  // vectors a ballot word
+
+struct Moments {
+  Vec beta1, one_minus_beta1, beta2, one_minus_beta2;
+  explicit Moments(const LionScalars& s)
+      : beta1(fill(s.beta1)),
+        one_minus_beta1(fill(s.one_minus_beta1)),
+        beta2(fill(s.beta2)),
+        one_minus_beta2(fill(s.one_minus_beta2)) {}
+  Vec update(Vec g, Vec m) const { return fma(one_minus_beta1, g, multiply(beta1, m)); }
+  Vec next(Vec g, Vec m) const { return fma(one_minus_beta2, g, multiply(beta2, m)); }
+};
+
+// Runs `word(offset, pointers...)` for every 32 elements; the last, partial word goes through
+// zero-padded copies, so that the vector code never sees an edge. `valid` has a bit an element.
+template <class Word, class... T>
+inline void for_each_word(int64_t n, Word word, T*... data) {
+  const int64_t full = n / kBitsPerWord;
+  for (int64_t i = 0; i < full; ++i) word(i, ~0u, (data + i * kBitsPerWord)...);
+  const int64_t rest = n - full * kBitsPerWord;
+  if (rest == 0) return;
+  const uint32_t valid = (1u << rest) - 1u;
+  std::tuple<std::array<std::remove_const_t<T>, kBitsPerWord>...> padded{};
+  std::apply(
+      [&](auto&... edge) {
+        const size_t count = static_cast<size_t>(rest);
+        (std::memcpy(edge.data(), data + full * kBitsPerWord, count * sizeof(T)), ...);
+        word(full, valid, edge.data()...);
+        (copy_back(edge.data(), data + full * kBitsPerWord, count), ...);
+      },
+      padded);
+}
+
+template <class G, class M>
+int64_t encode_row(const void* g_data, void* m_data, int64_t n, const LionScalars& scalars,
+                   const BallotRun& ballot) {
+  const Moments moments(scalars);
+  int64_t nonfinite = 0;
+  for_each_word(
+      n,
+      [&](int64_t i, uint32_t valid, const G* g_word, M* m_word) {
+        uint32_t plus = 0, minus = 0;
+        for (int j = 0; j < kVecs; ++j) {
+          const Vec g = load(g_word + j * Vec::kLanes), m = load(m_word + j * Vec::kLanes);
+          const Vec c = moments.update(g, m);
+          const uint32_t ok = finite(c);
+          Vec next = moments.next(g, m);
+          if (ok != kAllLanes) {
+            next = select(ok, next, m);
+            nonfinite += __builtin_popcount(kAllLanes & ~ok);
+          }
+          store(m_word + j * Vec::kLanes, next);
+          plus |= (positive(c) & ok) << (j * Vec::kLanes);
+          minus |= (negative(c) & ok) << (j * Vec::kLanes);
+        }
+        const uint32_t zero = valid & ~(plus | minus);
+        if (ballot.plane1 != nullptr) {
+          ballot.plane0[i] = zero;
+          ballot.plane1[i] = plus;
+        } else {
+          ballot.plane0[i] =
+              zero == 0 ? plus : plus | (zero & coins(ballot.coin_key, ballot.first_word + i));
+        }
+      },
+      static_cast<const G*>(g_data), static_cast<M*>(m_data));
+  return nonfinite;
+}
+
+template <bool kSkipNonfinite, class P, class M>
+int64_t step_row(void* p_data, const void* g_data, void* m_data, int64_t n,
+                 const LionScalars& scalars) {
+  const Moments moments(scalars);
+  const Vec lr = fill(scalars.lr), decay = fill(scalars.decay);
+  const Vec one = fill(1.0f), minus_one = fill(-1.0f);
+  int64_t nonfinite = 0;
+  for_each_word(
+      n,
+      [&](int64_t, uint32_t, P* p_word, const P* g_word, M* m_word) {
+        for (int j = 0; j < kVecs; ++j) {
+          const Vec p = load(p_word + j * Vec::kLanes);
+          const Vec g = load(g_word + j * Vec::kLanes), m = load(m_word + j * Vec::kLanes);
+          const Vec c = moments.update(g, m);
+          // Neither above nor below 0: a zero, or a NaN that must stay visible.
+          const Vec sign = select(positive(c), one, select(negative(c), minus_one, c));
+          Vec next_p = fms(p, decay, multiply(lr, sign));
+          Vec next_m = moments.next(g, m);
+          if constexpr (kSkipNonfinite) {
+            const uint32_t ok = finite(c);
+            if (ok != kAllLanes) {
+              next_p = select(ok, next_p, p);
+              next_m = select(ok, next_m, m);
+              nonfinite += __builtin_popcount(kAllLanes & ~ok);
+            }
+          }
+          store(p_word + j * Vec::kLanes, next_p);
+          store(m_word + j * Vec::kLanes, next_m);
+        }
+      },
+      static_cast<P*>(p_data), static_cast<const P*>(g_data), static_cast<M*>(m_data));
+  return nonfinite;
+}
+
+// kPlanes = 0: as many as the run says.
+template <class P, int kPlanes>
+void apply_planes(P* p_data, int64_t n, const VerdictRun& verdict) {
+  const int n_planes = kPlanes == 0 ? verdict.n_planes : kPlanes;
+  const Vec decay = fill(verdict.decay), step_size = fill(verdict.step_size);
+  const Vec lowest = fill(-verdict.scale);
+  for_each_word(
+      n,
+      [&](int64_t i, uint32_t, P* p_word) {
+        Vec sum[kVecs];  // 2 * v - scale, exact in float32
+        for (int j = 0; j < kVecs; ++j) sum[j] = lowest;
+        float weight = 2.0f;
+        for (int b = 0; b < n_planes; ++b, weight *= 2.0f) {
+          const uint32_t bits = verdict.plane0[b * verdict.plane_stride + i];
+          for (int j = 0; j < kVecs; ++j)
+            sum[j] = add_where(sum[j], bits >> (j * Vec::kLanes), fill(weight));
+        }
+        for (int j = 0; j < kVecs; ++j) {
+          const Vec p = load(p_word + j * Vec::kLanes);
+          store(p_word + j * Vec::kLanes, fms(p, decay, multiply(step_size, sum[j])));
+        }
+      },
+      p_data);
+}
+
+template <class P>
+void apply_row(void* p_data, int64_t n, const VerdictRun& verdict) {
+  P* p = static_cast<P*>(p_data);
+  if (verdict.n_planes == 1) return apply_planes<P, 1>(p, n, verdict);
+  if (verdict.n_planes == 2) return apply_planes<P, 2>(p, n, verdict);
+  return apply_planes<P, 0>(p, n, verdict);
+}

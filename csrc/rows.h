@@ -1,0 +1,73 @@
+// The CPU row kernels: plain pointers in, one contiguous run of ballot words at a time.
+//
+// They are compiled once for each SIMD level (rows_portable.cpp, rows_avx2.cpp, rows_avx512.cpp) and
+// reached through the table of that level. They know no tensors, lists, threads or ranks.
+#pragma once
+
+#include <cstdint>
+
+namespace lion {
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+constexpr int kNumDTypes = 3;
+
+// Scalars of one call, rounded to float32 once, on the host.
+struct LionScalars {
+  float beta1, one_minus_beta1;  // the complements are negated for maximize
+  float beta2, one_minus_beta2;
+  float lr, decay;  // decay = 1 - lr * weight_decay
+};
+
+// Where a run of words [first_word, ...) of the group goes in a ballot.
+struct BallotRun {
+  uint32_t* plane0;
+  uint32_t* plane1;     // null: binary ballot
+  uint64_t coin_key;    // binary only: replaces zero votes
+  uint64_t first_word;  // position in the group, for the coins
+};
+
+// Where a run of words lies in a verdict or tally.
+struct VerdictRun {
+  const uint32_t* plane0;
+  int64_t plane_stride;  // words
+  int n_planes;
+  float scale, step_size;  // step_size = lr / scale
+  float decay;
+};
+
+struct TallyRows {
+  const uint32_t* ballots;
+  int64_t ballot_stride, plane_stride;  // words
+  int64_t n_ballots;
+  int planes_in, planes_out;
+  uint32_t scale;  // of the sum
+  uint32_t* out;
+  int64_t out_stride;   // words
+  bool toss_ties;       // elect only: one plane, even scale
+  uint64_t coin_key;    // elect only
+  uint64_t first_word;  // elect only: position of word 0 in the group
+};
+
+// n is the number of elements; it may end inside the last word. Both return the number of
+// elements that were skipped because c was not finite.
+using EncodeFn = int64_t (*)(const void* g, void* m, int64_t n, const LionScalars&,
+                             const BallotRun&);
+using StepFn = int64_t (*)(void* p, const void* g, void* m, int64_t n, const LionScalars&);
+using ApplyFn = void (*)(void* p, int64_t n, const VerdictRun&);
+using TallyFn = void (*)(const TallyRows&, int64_t begin, int64_t end);
+
+struct RowKernels {
+  const char* name;
+  EncodeFn encode[kNumDTypes][kNumDTypes];   // [gradient][momentum]
+  StepFn step[2][kNumDTypes][kNumDTypes];    // [skip non-finite][parameter][momentum]
+  ApplyFn apply[kNumDTypes];
+  TallyFn tally;
+  TallyFn elect;
+};
+
+// Null where this build or this machine has no such level.
+const RowKernels* portable_rows();
+const RowKernels* avx2_rows();
+const RowKernels* avx512_rows();
+
+}  // namespace lion

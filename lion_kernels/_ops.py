@@ -1,0 +1,182 @@
+"""The op table: every schema, its fake implementation and its argument checks, in one place.
+
+Back ends register into it: CPU from csrc/ (when ``lion_kernels._C`` is loaded). All ops write into
+buffers that the caller owns and return nothing. Lists may mix sizes and dtypes; ballots, tallies
+and verdicts are int32 planes as layout.py lays them out. reference.py says what each computes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lion_kernels.layout import BITS_PER_WORD, MAX_SCALE, words_of
+
+try:
+    from lion_kernels import _C
+except ImportError as error:
+    _C = None
+    _load_error: ImportError | None = error
+else:
+    _load_error = None
+
+SCHEMAS = {
+    # One device: encode and apply in one pass. `nonfinite`: int64 (1,), counts skipped elements;
+    # without it nothing is skipped and a NaN shows in the parameter.
+    "lion_step": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor lr, "
+    "float beta1, float beta2, float weight_decay, bool maximize, Tensor(c!)? nonfinite) -> ()",
+    # ballot: (shards, 1 or 2 planes, words). A None gradient abstains.
+    "encode": "(Tensor?[] grads, Tensor(a!)[] exp_avgs, Tensor(b!) ballot, float beta1, "
+    "float beta2, bool maximize, int seed, int rank, Tensor step, Tensor(c!) nonfinite) -> ()",
+    # ballots: (n, planes, words), integers whose sum is at most `scale`; tally: (planes, words).
+    "tally": "(Tensor ballots, Tensor(a!) tally, int scale) -> ()",
+    # verdict: (1 or 2 planes, words). `first_word`: position of word 0 in the group, for the coins.
+    "elect": "(Tensor ballots, Tensor(a!) verdict, int scale, int first_word, int seed, "
+    "Tensor step) -> ()",
+    # verdict: (shards, planes, words); presence: (ranks, flag words).
+    "apply": "(Tensor(a!)[] params, Tensor verdict, Tensor presence, int scale, Tensor lr, "
+    "float weight_decay) -> ()",
+}
+
+STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def require_native() -> None:
+    """Raise RuntimeError unless the compiled library is loaded and fits this torch."""
+    if _C is None:
+        raise RuntimeError(
+            "lion_kernels was not built for this Python: run "
+            f"`pip install --no-build-isolation .` in its source ({_load_error})"
+        )
+
+
+def build_info() -> dict[str, object]:
+    """How the compiled library was built: version, torch, CUDA and its architectures, SIMD level
+    in use, SIMD levels of this machine, bits per word."""
+    require_native()
+    assert _C is not None
+    return dict(_C.build_info())
+
+
+def _rule(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _check_storage(tensors: Sequence[Tensor | None], name: str) -> None:
+    for i, t in enumerate(tensors):
+        if t is not None and t.dtype not in STORAGE_DTYPES:
+            raise ValueError(f"{name}[{i}] must be float32, bfloat16 or float16, got {t.dtype}")
+
+
+def _check_pairs(
+    left: Sequence[Tensor | None], right: Sequence[Tensor], left_name: str, right_name: str
+) -> None:
+    _rule(
+        len(left) == len(right),
+        f"{left_name} and {right_name} must have equal lengths, got {len(left)} and {len(right)}",
+    )
+    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+        if a is not None:
+            _rule(
+                a.shape == b.shape,
+                f"{left_name}[{i}] must have shape {list(b.shape)}, got {list(a.shape)}",
+            )
+
+
+def _check_planes(planes: Tensor, name: str, dims: int) -> None:
+    _rule(planes.dtype == torch.int32, f"{name} must be int32, got {planes.dtype}")
+    _rule(
+        planes.dim() == dims,
+        f"{name} must have {dims} dimensions, got shape {list(planes.shape)}",
+    )
+
+
+def _check_room(tensors: Sequence[Tensor], planes: Tensor, name: str) -> None:
+    room, need = planes.shape[0] * planes.shape[2], sum(words_of(t.numel()) for t in tensors)
+    _rule(need <= room, f"{name} has room for {room} words a plane, the tensors need {need}")
+
+
+def _check_one(tensor: Tensor, name: str) -> None:
+    _rule(
+        tensor.numel() == 1,
+        f"{name} must have one element, got shape {list(tensor.shape)}",
+    )
+
+
+def check_lion_step(params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite):  # type: ignore[no-untyped-def]
+    _check_pairs(grads, params, "grads", "params")
+    _check_pairs(exp_avgs, params, "exp_avgs", "params")
+    for tensors, name in ((params, "params"), (grads, "grads"), (exp_avgs, "exp_avgs")):
+        _check_storage(tensors, name)
+    _check_one(lr, "lr")
+
+
+def check_encode(
+    grads, exp_avgs, ballot, beta1, beta2, maximize, seed, rank, step, nonfinite
+):  # type: ignore[no-untyped-def]
+    _check_pairs(grads, exp_avgs, "grads", "exp_avgs")
+    _check_storage(grads, "grads")
+    _check_storage(exp_avgs, "exp_avgs")
+    _check_planes(ballot, "ballot", 3)
+    _rule(
+        ballot.shape[1] in (1, 2),
+        f"ballot must have 1 plane (binary) or 2 (ternary), got {ballot.shape[1]}",
+    )
+    _check_room(exp_avgs, ballot, "ballot")
+    _check_one(step, "step")
+
+
+def _check_ballots(ballots: Tensor, out: Tensor, name: str, scale: int) -> None:
+    _check_planes(ballots, "ballots", 3)
+    _check_planes(out, name, 2)
+    _rule(1 <= scale <= MAX_SCALE, f"scale must be in [1, {MAX_SCALE}], got {scale}")
+    _rule(
+        ballots.shape[2] == out.shape[1],
+        f"{name} must have {ballots.shape[2]} words a plane, got {out.shape[1]}",
+    )
+
+
+def check_tally(ballots, tally, scale):  # type: ignore[no-untyped-def]
+    _check_ballots(ballots, tally, "tally", scale)
+    _rule(
+        tally.shape[0] == scale.bit_length(),
+        f"tally must have {scale.bit_length()} planes for scale {scale}, got {tally.shape[0]}",
+    )
+
+
+def check_elect(ballots, verdict, scale, first_word, seed, step):  # type: ignore[no-untyped-def]
+    _check_ballots(ballots, verdict, "verdict", scale)
+    _rule(
+        verdict.shape[0] == 1 or (verdict.shape[0] == 2 and scale % 2 == 0),
+        "verdict must have 1 plane, or 2 where scale is even; "
+        f"got {verdict.shape[0]} for scale {scale}",
+    )
+    _check_one(step, "step")
+
+
+def check_apply(params, verdict, presence, scale, lr, weight_decay):  # type: ignore[no-untyped-def]
+    _check_storage(params, "params")
+    _check_planes(verdict, "verdict", 3)
+    _check_planes(presence, "presence", 2)
+    _rule(scale >= 1, f"scale must be at least 1, got {scale}")
+    _rule(
+        len(params) <= presence.shape[1] * BITS_PER_WORD,
+        f"presence has {presence.shape[1] * BITS_PER_WORD} flags, got {len(params)} tensors",
+    )
+    _check_room(params, verdict, "verdict")
+    _check_one(lr, "lr")
+
+
+CHECKS = {
+    "lion_step": check_lion_step,
+    "encode": check_encode,
+    "tally": check_tally,
+    "elect": check_elect,
+    "apply": check_apply,
+}
+
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"lion_kernels::{_name}", _schema)
+    # The ops return nothing: a fake only has to refuse what the kernels refuse.
+    torch.library.register_fake(f"lion_kernels::{_name}")(CHECKS[_name])

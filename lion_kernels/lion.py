@@ -1,0 +1,276 @@
+"""Lion on one device: parameter groups, state and checks around one fused pass over memory.
+
+Owns what both optimizers share: options and their rules, gradients brought into the parameters'
+memory layout, momenta, loading of states. Imports no kernel; calls torch.ops.lion_kernels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from lion_kernels import _ops
+
+MOMENTUM_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _ops.STORAGE_DTYPES}
+
+
+def _momentum_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
+    dtype = MOMENTUM_DTYPES.get(value) if isinstance(value, str) else value
+    if value is not None and dtype not in _ops.STORAGE_DTYPES:
+        raise ValueError(
+            f"momentum_dtype must be None or one of {', '.join(MOMENTUM_DTYPES)}, got {value!r}"
+        )
+    return dtype
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Raise ValueError where a group's lr, betas or weight_decay is out of its range."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}")
+    elif not lr >= 0.0:
+        raise ValueError(f"lr must be at least 0, got {lr}")
+    if len(group["betas"]) != 2:
+        raise ValueError(f"betas must be a pair, got {group['betas']}")
+    for name, beta in zip(("beta1", "beta2"), group["betas"], strict=True):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"{name} must be in [0, 1), got {beta}")
+    if not group["weight_decay"] >= 0.0:
+        raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']}")
+    group["momentum_dtype"] = _momentum_dtype(group["momentum_dtype"])
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether ``t`` occupies one run of storage without gaps or overlaps, in any order."""
+    return t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t)
+
+
+@dataclass
+class Batch:
+    """The tensors of one group as the ops take them: dense, real, in equal memory layouts."""
+
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor | None] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    # (parameter with gaps, its dense stand-in): copied back after the step.
+    stand_ins: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def write_back(self) -> None:
+        for p, dense in self.stand_ins:
+            p.copy_(dense)
+
+
+class Lion(Optimizer):
+    r"""Lion (Chen et al. 2023, arXiv:2302.06675, Algorithm 2), one fused pass over memory.
+
+    Equivalent PyTorch, in float32 arithmetic whatever the storage types::
+
+        c = beta1 * m + (1 - beta1) * g
+        p = p * (1 - lr * weight_decay) - lr * sign(c)   # one rounding to p's dtype
+        m = beta2 * m + (1 - beta2) * g                  # state key "exp_avg"
+
+    sign(0) is 0; sign(NaN) is NaN, so that a NaN shows in the parameter as in torch.optim.
+
+    Args:
+        params: parameters, (name, parameter) pairs or group dicts; float32, bfloat16, float16 or
+            complex64, any shape and strides without overlaps; one device a group.
+        lr: learning rate, a float or a tensor of one element; read in every step. Good values are
+            3 to 10 times below AdamW's.
+        betas: (beta1, beta2), each in [0, 1).
+        weight_decay: decoupled, multiplied by lr; good values are 3 to 10 times above AdamW's.
+        maximize: go up instead of down.
+        momentum_dtype: storage of the momentum, a torch dtype or its name; None means the
+            parameter's own.
+
+    Raises:
+        ValueError: an option out of range, an unsupported dtype, mixed devices in a group, a
+            sparse gradient or one of another dtype, shape or device, a loaded state of another
+            shape. Nothing is written before it is raised.
+        RuntimeError: the compiled library is missing.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        momentum_dtype: torch.dtype | str | None = None,
+    ) -> None:
+        _ops.require_native()
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "momentum_dtype": momentum_dtype,
+        }
+        check_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; see torch.optim.Optimizer.add_param_group."""
+        super().add_param_group(param_group)
+        try:
+            check_options(self.param_groups[-1])
+            self._check_params(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _number(self, group: dict[str, Any]) -> int:
+        return next(i for i, g in enumerate(self.param_groups) if g is group)
+
+    def _label(self, group: dict[str, Any], index: int) -> str:
+        names = group.get("param_names")
+        name = f" ({names[index]!r})" if names else ""
+        return f"parameter {index} of group {self._number(group)}{name}"
+
+    def _check_params(self, group: dict[str, Any]) -> None:
+        for i, p in enumerate(group["params"]):
+            real = p.dtype.to_real() if p.is_complex() else p.dtype
+            if real not in _ops.STORAGE_DTYPES:
+                raise ValueError(
+                    f"{self._label(group, i)} must be float32, bfloat16, float16 or complex64, "
+                    f"got {p.dtype}"
+                )
+            if p.is_complex() and group["momentum_dtype"] is not None:
+                raise ValueError(
+                    f"momentum_dtype must be None for complex parameters: {self._label(group, i)}"
+                )
+            if any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
+                raise ValueError(
+                    f"parameters must not overlap themselves: {self._label(group, i)} has shape "
+                    f"{tuple(p.shape)} with strides {p.stride()}"
+                )
+            if p.device != group["params"][0].device:
+                raise ValueError(
+                    f"all parameters of a group must be on one device: {self._label(group, i)} is "
+                    f"on {p.device}, the first on {group['params'][0].device}"
+                )
+
+    def _check_grad(self, group: dict[str, Any], index: int) -> None:
+        p = group["params"][index]
+        g = p.grad
+        if g.layout != torch.strided:
+            raise ValueError(
+                f"sparse gradients are not supported: {self._label(group, index)} has layout "
+                f"{g.layout}; use sparse=False in its embedding"
+            )
+        if g.dtype != p.dtype or g.device != p.device or g.shape != p.shape:
+            raise ValueError(
+                f"the gradient of {self._label(group, index)} must be {p.dtype} of shape "
+                f"{tuple(p.shape)} on {p.device}, got {g.dtype} of shape {tuple(g.shape)} on "
+                f"{g.device}"
+            )
+
+    def _check(self) -> None:
+        """Raise before anything is written: options may have changed since construction."""
+        for group in self.param_groups:
+            check_options(group)
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    self._check_grad(group, i)
+
+    def _exp_avg(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        state = self.state[p]
+        m = state.get("exp_avg")
+        if m is None:
+            m = state["exp_avg"] = torch.zeros_like(p, dtype=group["momentum_dtype"])
+        elif m.stride() != p.stride() and is_dense(p):
+            # The parameter's memory format changed after the first step.
+            m = state["exp_avg"] = torch.empty_like(p, dtype=m.dtype).copy_(m)
+        return m
+
+    def _batch(self, group: dict[str, Any], abstain: bool = False) -> Batch:
+        """The group's tensors for the ops: those with a gradient, or, with ``abstain``, all that
+        require one, with None for a missing gradient."""
+        batch = Batch()
+        for p in group["params"]:
+            g = p.grad
+            if g is None and not (abstain and p.requires_grad):
+                continue
+            m = self._exp_avg(p, group)
+            if p.is_complex():
+                p, m = torch.view_as_real(p), torch.view_as_real(m)
+                g = None if g is None else torch.view_as_real(g.resolve_conj())
+            if not is_dense(p):
+                batch.stand_ins.append((p, torch.empty_like(p).copy_(p)))
+                p = batch.stand_ins[-1][1]
+            if g is not None and (g.stride() != p.stride() or g.is_neg()):
+                g = torch.empty_like(p).copy_(g)
+            batch.params.append(p)
+            batch.grads.append(g)
+            batch.exp_avgs.append(m)
+        return batch
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update all parameters that have a gradient; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any], nonfinite: Tensor | None = None) -> None:
+        batch = self._batch(group)
+        if batch.params:
+            torch.ops.lion_kernels.lion_step(
+                batch.params,
+                batch.grads,
+                batch.exp_avgs,
+                lr_tensor(group),
+                *group["betas"],
+                group["weight_decay"],
+                group["maximize"],
+                nonfinite,
+            )
+            batch.write_back()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class or of another Lion that keeps ``exp_avg`` (lion-pytorch,
+        google's, timm's). Options that the state lacks keep their present values; momenta are
+        converted to this optimizer's momentum dtype and to their parameters' memory layout."""
+        saved = state_dict["state"]
+        saved_ids = list(chain.from_iterable(g["params"] for g in state_dict["param_groups"]))
+        params = list(chain.from_iterable(g["params"] for g in self.param_groups))
+        loaded: dict[Tensor, Tensor] = {}
+        for i, (key, p) in enumerate(zip(saved_ids, params, strict=False)):
+            m = saved.get(key, {}).get("exp_avg")
+            if m is not None:
+                if m.shape != p.shape:
+                    raise ValueError(
+                        f"the exp_avg of parameter {i} must have shape {tuple(p.shape)}, "
+                        f"got {tuple(m.shape)}"
+                    )
+                loaded[p] = m
+        present = [dict(group) for group in self.param_groups]
+        for saved_group, group in zip(state_dict["param_groups"], present, strict=False):
+            check_options({**group, **saved_group})
+        super().load_state_dict(state_dict)
+        for group, before in zip(self.param_groups, present, strict=True):
+            for key, value in before.items():
+                group.setdefault(key, value)
+            check_options(group)
+            for p in group["params"]:
+                # torch casts every state to its parameter's dtype; start from the saved one.
+                if p in loaded:
+                    del self.state[p]["exp_avg"]
+                    self._exp_avg(p, group).copy_(loaded[p])
+
+
+def lr_tensor(group: dict[str, Any]) -> Tensor:
+    """The group's lr as the 0-d tensor that the ops take."""
+    lr = group["lr"]
+    return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)

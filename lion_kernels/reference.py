@@ -1,0 +1,195 @@
+"""What each op computes, in plain PyTorch: the readable specification, slow and allocating.
+
+The formula of Lion (arXiv:2302.06675, Algorithm 2) and of the vote (arXiv:2404.00438, Algorithm 1)
+stands here once as mathematics. Signatures are those of the ops in _ops.py; results equal the
+kernels' bit for bit, but for the last bit of a fused multiply-add that float64 rounds twice
+(about one in 2**29 elements).
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lion_kernels import _ops
+from lion_kernels.layout import BITS_PER_WORD, words_of
+
+_TIE_STREAM = -1
+_MASK = 2**64 - 1
+_GAMMA = 0x9E3779B97F4A7C15
+
+
+def unpack(planes: Tensor) -> Tensor:
+    """int32 planes (..., P, W) as the int64 integers they hold, (..., 32 * W)."""
+    shifts = torch.arange(BITS_PER_WORD, device=planes.device)
+    bits = (planes.to(torch.int64).unsqueeze(-1) >> shifts) & 1
+    weights = 1 << torch.arange(planes.shape[-2], device=planes.device)
+    return (bits.flatten(-2) * weights.unsqueeze(-1)).sum(-2)
+
+
+def pack(integers: Tensor, n_planes: int) -> Tensor:
+    """Integers (..., n) as int32 planes (..., P, ceil(n / 32)); padding elements are zero."""
+    padded = torch.nn.functional.pad(
+        integers.to(torch.int64), (0, -integers.shape[-1] % BITS_PER_WORD)
+    )
+    planes = (padded.unsqueeze(-2) >> torch.arange(n_planes).unsqueeze(-1)) & 1
+    words = planes.unflatten(-1, (-1, BITS_PER_WORD)) << torch.arange(BITS_PER_WORD)
+    return words.sum(-1).to(torch.int32)  # wraps: bit 31 is the sign bit
+
+
+def _mix64(z: int) -> int:
+    z = (z + _GAMMA) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def coins(seed: int, stream: int, step: int, first_word: int, n_words: int) -> Tensor:
+    """Fair coins, 0 or 1, of elements [32 * first_word, 32 * (first_word + n_words))."""
+    key = _mix64(_mix64(_mix64(seed & _MASK) ^ (stream & _MASK)) ^ (step & _MASK))
+    words = [
+        _mix64((key + w * _GAMMA) & _MASK) >> 32 for w in range(first_word, first_word + n_words)
+    ]
+    word_tensor = torch.tensor(words, dtype=torch.int64).unsqueeze(-1)
+    return ((word_tensor >> torch.arange(BITS_PER_WORD)) & 1).flatten()
+
+
+def _fma(a: Tensor, b: float, c: Tensor) -> Tensor:
+    """a * b + c in float32 with one rounding."""
+    return (a.double() * b + c.double()).float()
+
+
+def _f32(x: float) -> float:
+    return torch.tensor(x, dtype=torch.float32).item()
+
+
+def _interpolate(m: Tensor, g: Tensor, beta: float, maximize: bool) -> Tensor:
+    """beta * m + (1 - beta) * g, with g negated for maximize."""
+    complement = _f32(beta - 1 if maximize else 1 - beta)
+    return _fma(g.float(), complement, m.float() * _f32(beta))
+
+
+def lion_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    maximize: bool,
+    nonfinite: Tensor | None,
+) -> None:
+    """c = beta1 * m + (1 - beta1) * g;  m = beta2 * m + (1 - beta2) * g;
+    p = p * (1 - lr * weight_decay) - lr * sign(c), with sign(NaN) = NaN."""
+    _ops.check_lion_step(
+        params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite
+    )
+    decay = _f32(1 - lr.item() * weight_decay)
+    for p, g, m in zip(params, grads, exp_avgs, strict=True):
+        c = _interpolate(m, g, beta1, maximize)
+        next_m = _interpolate(m, g, beta2, maximize)
+        sign = torch.where(c.isnan(), c, c.sign())
+        next_p = _fma(p.float(), decay, -_f32(lr.item()) * sign)
+        if nonfinite is not None:
+            skip = ~c.isfinite()
+            nonfinite += skip.sum()
+            next_p, next_m = torch.where(skip, p, next_p), torch.where(skip, m, next_m)
+        p.copy_(next_p)
+        m.copy_(next_m)
+
+
+def encode(
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    ballot: Tensor,
+    beta1: float,
+    beta2: float,
+    maximize: bool,
+    seed: int,
+    rank: int,
+    step: Tensor,
+    nonfinite: Tensor,
+) -> None:
+    """vote = sign(c), sent as v = (vote + 1) / 2 (one plane; a zero vote is a coin) or
+    v = vote + 1 (two planes). A non-finite c votes zero and leaves its momentum."""
+    _ops.check_encode(grads, exp_avgs, ballot, beta1, beta2, maximize, seed, rank, step, nonfinite)
+    shards, n_planes, words_per_shard = ballot.shape
+    flat = torch.zeros(shards * words_per_shard * BITS_PER_WORD, dtype=torch.int64)
+    word = 0
+    for g, m in zip(grads, exp_avgs, strict=True):
+        vote = torch.zeros_like(m, dtype=torch.float32)
+        if g is not None:
+            c = _interpolate(m, g, beta1, maximize)
+            abstain = ~c.isfinite()
+            vote = torch.where(abstain, 0.0, c.sign())
+            m.copy_(torch.where(abstain, m, _interpolate(m, g, beta2, maximize)))
+            nonfinite += abstain.sum()
+        votes = _storage_order(torch.empty_like(m, dtype=torch.float32).copy_(vote)).long()
+        if n_planes == 2:
+            v = votes + 1
+        else:
+            toss = coins(seed, rank, int(step.item()), word, words_of(votes.numel()))
+            v = torch.where(votes == 0, toss[: votes.numel()], (votes + 1) // 2)
+        flat[word * BITS_PER_WORD :][: v.numel()] = v
+        word += words_of(v.numel())
+    ballot.copy_(pack(flat.view(shards, -1), n_planes))
+
+
+def tally(ballots: Tensor, tally: Tensor, scale: int) -> None:
+    """The sum of the ballots' integers."""
+    _ops.check_tally(ballots, tally, scale)
+    tally.copy_(pack(unpack(ballots).sum(0), tally.shape[0]))
+
+
+def elect(
+    ballots: Tensor, verdict: Tensor, scale: int, first_word: int, seed: int, step: Tensor
+) -> None:
+    """The sum v of the ballots against scale / 2. One plane: 1 where v is more, or a tie's coin
+    falls so; two planes: 0, 1 or 2 where v is less, equal or more."""
+    _ops.check_elect(ballots, verdict, scale, first_word, seed, step)
+    twice = 2 * unpack(ballots).sum(0)
+    if verdict.shape[0] == 2:
+        v = (twice >= scale).long() + (twice > scale).long()
+    else:
+        toss = coins(seed, _TIE_STREAM, int(step.item()), first_word, verdict.shape[1])
+        v = torch.where(twice == scale, toss, (twice > scale).long())
+    verdict.copy_(pack(v, verdict.shape[0]))
+
+
+def apply(
+    params: Sequence[Tensor],
+    verdict: Tensor,
+    presence: Tensor,
+    scale: int,
+    lr: Tensor,
+    weight_decay: float,
+) -> None:
+    """p = p * (1 - lr * weight_decay) - (lr / scale) * (2 * v - scale), for tensors that any rank
+    flagged as present; the others are left alone."""
+    _ops.check_apply(params, verdict, presence, scale, lr, weight_decay)
+    decay, step_size = _f32(1 - lr.item() * weight_decay), _f32(lr.item() / scale)
+    flags = unpack(presence.unsqueeze(-2)).any(0)
+    v = unpack(verdict).flatten()
+    for p, span, present in zip(params, _spans(params), flags.tolist(), strict=False):
+        if present:
+            delta = _like_storage((2 * v[span] - scale).float(), p)
+            p.copy_(_fma(p.float(), decay, -step_size * delta))
+
+
+def _spans(tensors: Sequence[Tensor]) -> Iterator[slice]:
+    """Each tensor's elements in word space."""
+    word = 0
+    for t in tensors:
+        yield slice(word * BITS_PER_WORD, word * BITS_PER_WORD + t.numel())
+        word += words_of(t.numel())
+
+
+def _storage_order(t: Tensor) -> Tensor:
+    """A dense tensor's elements in the order of its storage."""
+    return t.as_strided((t.numel(),), (1,))
+
+
+def _like_storage(flat: Tensor, like: Tensor) -> Tensor:
+    """Elements in storage order, shaped and strided as the dense tensor ``like``."""
+    return flat.as_strided(like.size(), like.stride())

@@ -1,0 +1,81 @@
+"""Builds lion_kernels._C: the C++ sources always, the CUDA sources where torch has CUDA and nvcc exists.
+
+LION_KERNELS_CUDA=1 makes a missing CUDA toolchain an error, =0 leaves CUDA out.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+CSRC = ROOT / "csrc"
+FLOOR = (2, 11)
+
+if sys.version_info < (3, 10):
+    sys.exit(f"lion_kernels needs Python 3.10 or newer, got {sys.version.split()[0]}")
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError:
+    sys.exit(
+        f"lion_kernels needs torch >= 2.11, and {sys.executable} has none: pip install torch==2.13.0 "
+        "(then install lion_kernels with --no-build-isolation)"
+    )
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < FLOOR:
+    sys.exit(f"lion_kernels needs torch >= 2.11, got {torch.__version__}")
+compiler = cpp_extension.get_cxx_compiler()
+if shutil.which(compiler) is None:
+    sys.exit(f"lion_kernels needs a C++ compiler, and {compiler!r} is not there: install g++ or set CXX")
+
+
+def version() -> str:
+    scope: dict[str, str] = {}
+    exec((ROOT / "lion_kernels" / "_version.py").read_text(), scope)
+    return scope["__version__"]
+
+
+def cuda_sources() -> list[str]:
+    """The .cu files to build: none unless torch has CUDA and nvcc is found (a GPU is not needed)."""
+    wanted = os.environ.get("LION_KERNELS_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"LION_KERNELS_CUDA must be 0 or 1, got {wanted!r}")
+    sources = sorted(str(path.relative_to(ROOT)) for path in CSRC.glob("*.cu"))
+    possible = bool(sources) and torch.version.cuda and cpp_extension.CUDA_HOME
+    if wanted == "1" and not possible:
+        sys.exit(
+            "LION_KERNELS_CUDA=1, but CUDA cannot be built: "
+            f"CUDA sources: {len(sources)}, CUDA of torch: {torch.version.cuda}, "
+            f"CUDA_HOME: {cpp_extension.CUDA_HOME}"
+        )
+    return sources if possible and wanted != "0" else []
+
+
+cu = cuda_sources()
+archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0") if cu else ""
+if cu:
+    os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+Extension = cpp_extension.CUDAExtension if cu else cpp_extension.CppExtension
+
+setup(
+    ext_modules=[
+        Extension(
+            "lion_kernels._C",
+            sorted(str(path.relative_to(ROOT)) for path in CSRC.glob("*.cpp")) + cu,
+            depends=sorted(str(path) for path in CSRC.glob("*.h")),
+            define_macros=[
+                ("LION_KERNELS_VERSION", f'"{version()}"'),
+                ("LION_KERNELS_CUDA_ARCHS", f'"{archs}"'),
+            ],
+            # -ffp-contract=off: the kernels say themselves where a multiply and an add are fused.
+            extra_compile_args={
+                "cxx": ["-O3", "-fopenmp", "-ffp-contract=off", "-Wno-psabi", "-Wno-maybe-uninitialized"],
+                "nvcc": ["-O3"],
+            },
+            extra_link_args=["-fopenmp"],
+        )
+    ],
+    cmdclass={"build_ext": cpp_extension.BuildExtension},
+)
