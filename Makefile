@@ -6,7 +6,6 @@
 # Without PY the commands run in .venv, created on first use (from PYTHON, default python3).
 
 PYTHON ?= python3
-RANKS ?= 4
 
 ifdef PY
   RUN := $(PY)
@@ -28,7 +27,9 @@ ifneq ($(shell cat $(BUILT) 2>/dev/null),$(RUN))
 endif
 
 train: $(BUILT)
-	@PYTHONPATH=. $(RUN) examples/launch.py --ranks $(RANKS) examples/train_bytes.py $(ARGS)
+	@ranks=$$($(RUN) -c "import torch; print(torch.cuda.device_count() or 4)") && \
+	  PYTHONPATH=. $(RUN) -m torch.distributed.run --standalone --nproc-per-node $$ranks \
+	  examples/train_bytes.py $(ARGS)
 
 test: $(BUILT)
 	@PYTHONPATH=. $(RUN) -m pytest $(ARGS)
