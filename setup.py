@@ -1,4 +1,4 @@
-"""Builds lion_kernels._C: the C++ sources always, the CUDA sources where torch has CUDA and nvcc exists.
+"""Builds lion_kernels._C: the C++ sources always, CUDA's where torch has CUDA and nvcc exists.
 
 LION_KERNELS_CUDA=1 makes a missing CUDA toolchain an error, =0 leaves CUDA out.
 """
@@ -14,21 +14,23 @@ ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 FLOOR = (2, 11)
 
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 10):  # noqa: UP036  (pip reads requires-python, this file's user may not)
     sys.exit(f"lion_kernels needs Python 3.10 or newer, got {sys.version.split()[0]}")
 try:
     import torch
     from torch.utils import cpp_extension
 except ImportError:
     sys.exit(
-        f"lion_kernels needs torch >= 2.11, and {sys.executable} has none: pip install torch==2.13.0 "
-        "(then install lion_kernels with --no-build-isolation)"
+        f"lion_kernels needs torch >= 2.11, and {sys.executable} has none: "
+        "pip install torch==2.13.0 (then install lion_kernels with --no-build-isolation)"
     )
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < FLOOR:
     sys.exit(f"lion_kernels needs torch >= 2.11, got {torch.__version__}")
 compiler = cpp_extension.get_cxx_compiler()
 if shutil.which(compiler) is None:
-    sys.exit(f"lion_kernels needs a C++ compiler, and {compiler!r} is not there: install g++ or set CXX")
+    sys.exit(
+        f"lion_kernels needs a C++ compiler, and {compiler!r} is not there: install g++ or set CXX"
+    )
 
 
 def version() -> str:
@@ -38,7 +40,7 @@ def version() -> str:
 
 
 def cuda_sources() -> list[str]:
-    """The .cu files to build: none unless torch has CUDA and nvcc is found (a GPU is not needed)."""
+    """The .cu files to build: none unless torch has CUDA and nvcc is there; no GPU is needed."""
     wanted = os.environ.get("LION_KERNELS_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"LION_KERNELS_CUDA must be 0 or 1, got {wanted!r}")
@@ -71,7 +73,13 @@ setup(
             ],
             # -ffp-contract=off: the kernels say themselves where a multiply and an add are fused.
             extra_compile_args={
-                "cxx": ["-O3", "-fopenmp", "-ffp-contract=off", "-Wno-psabi", "-Wno-maybe-uninitialized"],
+                "cxx": [
+                    "-O3",
+                    "-fopenmp",
+                    "-ffp-contract=off",
+                    "-Wno-psabi",
+                    "-Wno-maybe-uninitialized",
+                ],
                 "nvcc": ["-O3"],
             },
             extra_link_args=["-fopenmp"],

@@ -53,8 +53,8 @@ DType dtype_of(const at::Tensor& tensor, const char* list, int64_t index) {
     case at::kHalf:
       return kFloat16;
     default:
-      TORCH_CHECK_VALUE(false, list, "[", index,
-                        "] must be float32, bfloat16 or float16, got ", tensor.scalar_type());
+      TORCH_CHECK_VALUE(false, list, "[", index, "] must be float32, bfloat16 or float16, got ",
+                        tensor.scalar_type());
   }
 }
 
@@ -67,10 +67,9 @@ void check_dense(const at::Tensor& tensor, const char* list, int64_t index,
   TORCH_CHECK_VALUE(tensor.sizes() == like->sizes(), list, "[", index, "] must have shape ",
                     like->sizes(), ", got ", tensor.sizes());
   for (int64_t d = 0; d < tensor.dim(); ++d)
-    TORCH_CHECK_VALUE(tensor.size(d) <= 1 || tensor.numel() == 0 ||
-                          tensor.stride(d) == like->stride(d),
-                      list, "[", index, "] must have strides ", like->strides(), ", got ",
-                      tensor.strides());
+    TORCH_CHECK_VALUE(
+        tensor.size(d) <= 1 || tensor.numel() == 0 || tensor.stride(d) == like->stride(d), list,
+        "[", index, "] must have strides ", like->strides(), ", got ", tensor.strides());
 }
 
 double scalar_value(const at::Tensor& tensor, const char* name) {
@@ -85,8 +84,7 @@ void check_planes(const at::Tensor& planes, const char* name, int64_t dims) {
   TORCH_CHECK_VALUE(planes.dim() == dims, name, " must have ", dims, " dimensions, got shape ",
                     planes.sizes());
   TORCH_CHECK_VALUE(planes.size(-1) <= 1 || planes.stride(-1) == 1, name,
-                    " must have unit stride in its last dimension, got strides ",
-                    planes.strides());
+                    " must have unit stride in its last dimension, got strides ", planes.strides());
 }
 
 }  // namespace lion

@@ -99,17 +99,17 @@ void check_exp_avg(const at::Tensor& exp_avg, int64_t i, const at::Tensor& like)
 }
 
 void check_room(int64_t n_words, const at::Tensor& planes, const char* name) {
-  TORCH_CHECK_VALUE(n_words <= planes.size(0) * planes.size(2), name, " of shape ",
-                    planes.sizes(), " has room for ", planes.size(0) * planes.size(2),
+  TORCH_CHECK_VALUE(n_words <= planes.size(0) * planes.size(2), name, " of shape ", planes.sizes(),
+                    " has room for ", planes.size(0) * planes.size(2),
                     " words a plane, the tensors need ", n_words);
 }
 
 void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-               const at::Tensor& lr, double beta1, double beta2, double weight_decay,
-               bool maximize, const std::optional<at::Tensor>& nonfinite) {
+               const at::Tensor& lr, double beta1, double beta2, double weight_decay, bool maximize,
+               const std::optional<at::Tensor>& nonfinite) {
   TORCH_CHECK_VALUE(params.size() == grads.size() && params.size() == exp_avgs.size(),
-                    "params, grads and exp_avgs must have equal lengths, got ", params.size(),
-                    ", ", grads.size(), " and ", exp_avgs.size());
+                    "params, grads and exp_avgs must have equal lengths, got ", params.size(), ", ",
+                    grads.size(), " and ", exp_avgs.size());
   WordSpace space;
   std::vector<Item> items;
   items.reserve(params.size());
@@ -118,14 +118,13 @@ void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_a
     const auto index = static_cast<int64_t>(i);
     check_dense(p, "params", index);
     TORCH_CHECK_VALUE(g.device() == p.device() && g.scalar_type() == p.scalar_type(), "grads[", i,
-                      "] must be ", p.scalar_type(), " on ", p.device(), ", got ",
-                      g.scalar_type(), " on ", g.device());
+                      "] must be ", p.scalar_type(), " on ", p.device(), ", got ", g.scalar_type(),
+                      " on ", g.device());
     check_dense(g, "grads", index, &p);
     check_exp_avg(m, index, p);
     items.push_back({p.data_ptr(), g.const_data_ptr(), m.data_ptr(), p.numel(),
-                     static_cast<int64_t>(p.element_size()),
-                     static_cast<int64_t>(m.element_size()), dtype_of(p, "params", index),
-                     dtype_of(m, "exp_avgs", index)});
+                     static_cast<int64_t>(p.element_size()), static_cast<int64_t>(m.element_size()),
+                     dtype_of(p, "params", index), dtype_of(m, "exp_avgs", index)});
     space.append(p.numel());
   }
   const LionScalars scalars =
@@ -159,8 +158,14 @@ void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList ex
   for (size_t i = 0; i < exp_avgs.size(); ++i) {
     const at::Tensor& m = exp_avgs[i];
     const auto index = static_cast<int64_t>(i);
-    Item item{nullptr, nullptr, m.data_ptr(), m.numel(), 0,
-              static_cast<int64_t>(m.element_size()), kFloat32, dtype_of(m, "exp_avgs", index)};
+    Item item{nullptr,
+              nullptr,
+              m.data_ptr(),
+              m.numel(),
+              0,
+              static_cast<int64_t>(m.element_size()),
+              kFloat32,
+              dtype_of(m, "exp_avgs", index)};
     check_dense(m, "exp_avgs", index);
     const std::optional<at::Tensor> g = grads.get(i);
     if (g.has_value()) {
@@ -186,21 +191,21 @@ void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList ex
   std::atomic<int64_t> skipped{0};
   space.for_each_run([&](size_t t, int64_t first, int64_t last) {
     const Item& item = items[t];
-    split_by_shard(words_per_shard, first, last, [&](int64_t shard, int64_t word, int64_t begin,
-                                                     int64_t end) {
-      uint32_t* plane0 = words + shard * shard_stride + word;
-      const BallotRun run{plane0, ternary ? plane0 + plane_stride : nullptr, key,
-                          static_cast<uint64_t>(begin)};
-      const Segment s = segment_of(space, t, begin, end, item.numel);
-      if (item.grad == nullptr) {
-        abstain(s.count, run);
-        return;
-      }
-      const int64_t n = kernels.encode[item.dtype][item.exp_avg_dtype](
-          advance(item.grad, s.offset * item.data_size),
-          advance(item.exp_avg, s.offset * item.exp_avg_size), s.count, scalars, run);
-      if (n != 0) skipped += n;
-    });
+    split_by_shard(
+        words_per_shard, first, last, [&](int64_t shard, int64_t word, int64_t begin, int64_t end) {
+          uint32_t* plane0 = words + shard * shard_stride + word;
+          const BallotRun run{plane0, ternary ? plane0 + plane_stride : nullptr, key,
+                              static_cast<uint64_t>(begin)};
+          const Segment s = segment_of(space, t, begin, end, item.numel);
+          if (item.grad == nullptr) {
+            abstain(s.count, run);
+            return;
+          }
+          const int64_t n = kernels.encode[item.dtype][item.exp_avg_dtype](
+              advance(item.grad, s.offset * item.data_size),
+              advance(item.exp_avg, s.offset * item.exp_avg_size), s.count, scalars, run);
+          if (n != 0) skipped += n;
+        });
   });
   // Words behind the last tensor: the buffer may hold anything.
   split_by_shard(words_per_shard, space.n_words(), ballot.size(0) * words_per_shard,
@@ -252,14 +257,13 @@ void apply(at::TensorList params, const at::Tensor& verdict, const at::Tensor& p
   space.for_each_run([&](size_t t, int64_t first, int64_t last) {
     const Item& item = items[t];
     if (item.data == nullptr) return;
-    split_by_shard(verdict.size(2), first, last,
-                   [&](int64_t shard, int64_t word, int64_t begin, int64_t end) {
-                     VerdictRun run = shape;
-                     run.plane0 = words + shard * verdict.stride(0) + word;
-                     const Segment s = segment_of(space, t, begin, end, item.numel);
-                     kernels.apply[item.dtype](advance(item.data, s.offset * item.data_size),
-                                               s.count, run);
-                   });
+    split_by_shard(
+        verdict.size(2), first, last, [&](int64_t shard, int64_t word, int64_t begin, int64_t end) {
+          VerdictRun run = shape;
+          run.plane0 = words + shard * verdict.stride(0) + word;
+          const Segment s = segment_of(space, t, begin, end, item.numel);
+          kernels.apply[item.dtype](advance(item.data, s.offset * item.data_size), s.count, run);
+        });
   });
 }
 

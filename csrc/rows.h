@@ -1,7 +1,7 @@
 // The CPU row kernels: plain pointers in, one contiguous run of ballot words at a time.
 //
-// They are compiled once for each SIMD level (rows_portable.cpp, rows_avx2.cpp, rows_avx512.cpp) and
-// reached through the table of that level. They know no tensors, lists, threads or ranks.
+// They are compiled once for each SIMD level (rows_portable.cpp, rows_avx2.cpp, rows_avx512.cpp)
+// and reached through the table of that level. They know no tensors, lists, threads or ranks.
 #pragma once
 
 #include <cstdint>
@@ -58,8 +58,8 @@ using TallyFn = void (*)(const TallyRows&, int64_t begin, int64_t end);
 
 struct RowKernels {
   const char* name;
-  EncodeFn encode[kNumDTypes][kNumDTypes];   // [gradient][momentum]
-  StepFn step[2][kNumDTypes][kNumDTypes];    // [skip non-finite][parameter][momentum]
+  EncodeFn encode[kNumDTypes][kNumDTypes];  // [gradient][momentum]
+  StepFn step[2][kNumDTypes][kNumDTypes];   // [skip non-finite][parameter][momentum]
   ApplyFn apply[kNumDTypes];
   TallyFn tally;
   TallyFn elect;

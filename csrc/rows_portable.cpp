@@ -1,4 +1,5 @@
-// The row kernels for any machine, in the vector types of GCC and Clang: as wide as the baseline goes.
+// The row kernels for any machine, in the vector types of GCC and Clang: as wide as the baseline
+// goes.
 #include "rows_includes.h"
 
 namespace lion {

@@ -56,12 +56,8 @@ inline Vec multiply(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 // a * b - c
 inline Vec fms(Vec a, Vec b, Vec c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
-inline uint32_t positive(Vec a) {
-  return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ);
-}
-inline uint32_t negative(Vec a) {
-  return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_LT_OQ);
-}
+inline uint32_t positive(Vec a) { return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ); }
+inline uint32_t negative(Vec a) { return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_LT_OQ); }
 inline uint32_t finite(Vec a) {
   return _mm512_cmp_ps_mask(_mm512_abs_ps(a.v), _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
 }
@@ -163,8 +159,7 @@ inline Vec load(const BF16* x) {
 }
 inline Vec load(const F16* x) {
   Vec out;
-  for (int k = 0; k < Vec::kLanes; ++k)
-    out.v[k] = c10::detail::fp16_ieee_to_fp32_value(x[k].bits);
+  for (int k = 0; k < Vec::kLanes; ++k) out.v[k] = c10::detail::fp16_ieee_to_fp32_value(x[k].bits);
   return out;
 }
 inline void store(float* x, Vec a) { std::memcpy(x, &a.v, sizeof(a.v)); }

@@ -51,8 +51,7 @@ void elect(const at::Tensor& ballots, const at::Tensor& verdict, int64_t scale, 
                     "verdict must have 1 plane, or 2 where scale is even; got ", verdict.size(0),
                     " for scale ", scale);
   task.toss_ties = verdict.size(0) == 1;
-  task.coin_key =
-      coin_key(seed, kTieStream, static_cast<int64_t>(scalar_value(step, "step")));
+  task.coin_key = coin_key(seed, kTieStream, static_cast<int64_t>(scalar_value(step, "step")));
   task.first_word = static_cast<uint64_t>(first_word);
   const TallyFn kernel = rows().elect;
   at::parallel_for(0, verdict.size(1), kGrainWords,

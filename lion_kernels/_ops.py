@@ -38,7 +38,7 @@ SCHEMAS = {
     "float weight_decay) -> ()",
 }
 
-STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STORAGE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def require_native() -> None:
@@ -104,7 +104,17 @@ def _check_one(tensor: Tensor, name: str) -> None:
     )
 
 
-def check_lion_step(params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite):  # type: ignore[no-untyped-def]
+def check_lion_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    maximize: bool,
+    nonfinite: Tensor | None,
+) -> None:
     _check_pairs(grads, params, "grads", "params")
     _check_pairs(exp_avgs, params, "exp_avgs", "params")
     for tensors, name in ((params, "params"), (grads, "grads"), (exp_avgs, "exp_avgs")):
@@ -113,8 +123,17 @@ def check_lion_step(params, grads, exp_avgs, lr, beta1, beta2, weight_decay, max
 
 
 def check_encode(
-    grads, exp_avgs, ballot, beta1, beta2, maximize, seed, rank, step, nonfinite
-):  # type: ignore[no-untyped-def]
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    ballot: Tensor,
+    beta1: float,
+    beta2: float,
+    maximize: bool,
+    seed: int,
+    rank: int,
+    step: Tensor,
+    nonfinite: Tensor,
+) -> None:
     _check_pairs(grads, exp_avgs, "grads", "exp_avgs")
     _check_storage(grads, "grads")
     _check_storage(exp_avgs, "exp_avgs")
@@ -137,7 +156,7 @@ def _check_ballots(ballots: Tensor, out: Tensor, name: str, scale: int) -> None:
     )
 
 
-def check_tally(ballots, tally, scale):  # type: ignore[no-untyped-def]
+def check_tally(ballots: Tensor, tally: Tensor, scale: int) -> None:
     _check_ballots(ballots, tally, "tally", scale)
     _rule(
         tally.shape[0] == scale.bit_length(),
@@ -145,7 +164,9 @@ def check_tally(ballots, tally, scale):  # type: ignore[no-untyped-def]
     )
 
 
-def check_elect(ballots, verdict, scale, first_word, seed, step):  # type: ignore[no-untyped-def]
+def check_elect(
+    ballots: Tensor, verdict: Tensor, scale: int, first_word: int, seed: int, step: Tensor
+) -> None:
     _check_ballots(ballots, verdict, "verdict", scale)
     _rule(
         verdict.shape[0] == 1 or (verdict.shape[0] == 2 and scale % 2 == 0),
@@ -155,7 +176,14 @@ def check_elect(ballots, verdict, scale, first_word, seed, step):  # type: ignor
     _check_one(step, "step")
 
 
-def check_apply(params, verdict, presence, scale, lr, weight_decay):  # type: ignore[no-untyped-def]
+def check_apply(
+    params: Sequence[Tensor],
+    verdict: Tensor,
+    presence: Tensor,
+    scale: int,
+    lr: Tensor,
+    weight_decay: float,
+) -> None:
     _check_storage(params, "params")
     _check_planes(verdict, "verdict", 3)
     _check_planes(presence, "presence", 2)

@@ -20,7 +20,7 @@ _ROW = 1 << 16
 
 
 def _ranks_by_value(values: Sequence[Any]) -> str:
-    """"(4, 5) on ranks 0, 2; (4, 6) on rank 1"."""
+    """ "(4, 5) on ranks 0, 2; (4, 6) on rank 1"."""
     ranks: dict[str, list[str]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(str(value), []).append(str(rank))
@@ -71,15 +71,15 @@ def hash_parameter(p: Tensor) -> Tensor:
     level = bits.flatten()
     weights = _weights(_ROW, p.device)
     while True:
-        rows = [
-            (part.long() * weights[: part.numel()]).sum() for part in level.split(_ROW)
-        ]
+        rows = [(part.long() * weights[: part.numel()]).sum() for part in level.split(_ROW)]
         if len(rows) == 1:
             return rows[0]
         level = torch.stack(rows)
 
 
-def compare_parameters(params: Sequence[Tensor], labels: Sequence[str], group: ProcessGroup) -> None:
+def compare_parameters(
+    params: Sequence[Tensor], labels: Sequence[str], group: ProcessGroup
+) -> None:
     """Raise RuntimeError on every rank where a parameter's bits differ over the ranks."""
     if not params:
         return
@@ -87,6 +87,6 @@ def compare_parameters(params: Sequence[Tensor], labels: Sequence[str], group: P
     gathered = [torch.empty_like(hashes) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, hashes, group=group)
     for i, label in enumerate(labels):
-        values = [f"hash {h[i].item() & (2**64 - 1):016x}" for h in gathered]
+        values = [f"hash {int(h[i].item()) & (2**64 - 1):016x}" for h in gathered]
         if len(set(values)) > 1:
             raise RuntimeError(f"replicas differ: {label} has {_ranks_by_value(values)}")

@@ -162,9 +162,11 @@ class DistributedLion(Lion):
         for group in groups:
             number = self._number(group)
             for option in ("lr", "betas", "weight_decay", "maximize", "momentum_dtype", "step"):
-                value = group[option]
-                value = value.item() if isinstance(value, Tensor) else value
-                value = tuple(value) if option == "betas" else value
+                value: Any = group[option]
+                if isinstance(value, Tensor):
+                    value = value.item()
+                elif isinstance(value, list):
+                    value = tuple(value)
                 facts.append((f"{option} of group {number}", value))
             facts.append((f"number of parameters of group {number}", len(group["params"])))
             for i, p in enumerate(group["params"]):
@@ -238,6 +240,8 @@ class DistributedLion(Lion):
 
     def _vote(self, group: dict[str, Any], nonfinite: Tensor) -> None:
         batch = self._batch(group, abstain=True)
+        if not batch.params:
+            return
         buffers = self._buffers_for(group, tuple(p.numel() for p in batch.params))
         layout, ops = buffers.layout, torch.ops.lion_kernels
         ops.encode(
@@ -258,9 +262,7 @@ class DistributedLion(Lion):
             if self.aggregation == "average":
                 ops.tally(ballots, verdict, self._vote_scale)
             else:
-                ops.elect(
-                    ballots, verdict, self._vote_scale, first_word, self.seed, group["step"]
-                )
+                ops.elect(ballots, verdict, self._vote_scale, first_word, self.seed, group["step"])
 
         self._wire_bytes += EXCHANGES[self.exchange](buffers, self._group, count)
 

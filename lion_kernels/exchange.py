@@ -68,7 +68,7 @@ def sharded(buffers: Buffers, group: ProcessGroup, count: Count) -> int:
     dist.all_to_all_single(buffers.received, buffers.ballot, group=group)
     first_word = rank * buffers.layout.words_per_shard
     count(buffers.layout.planes_of(buffers.received), buffers.own_verdict, first_word)
-    _all_gather(buffers.verdict, buffers.own_verdict, group=group)
+    _all_gather(buffers.verdict, buffers.own_verdict.unsqueeze(0), group=group)
     return (buffers.received[0].nbytes + buffers.own_verdict.nbytes) * (n - 1)
 
 

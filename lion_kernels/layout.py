@@ -69,5 +69,6 @@ class BallotLayout:
     def pack_flags(self, present: Sequence[bool]) -> Tensor:
         """``present``, one a tensor, as int32 words (flag_words,)."""
         bits = sum(1 << i for i, flag in enumerate(present) if flag)
-        size = self.flag_words * BITS_PER_WORD // 8
-        return torch.frombuffer(bytearray(bits.to_bytes(size, "little")), dtype=torch.int32)
+        word = (1 << BITS_PER_WORD) - 1
+        words = [(bits >> (BITS_PER_WORD * w)) & word for w in range(self.flag_words)]
+        return torch.tensor(words, dtype=torch.int64).to(torch.int32)

@@ -1,0 +1,50 @@
+"""Inputs and comparisons that several test files share."""
+
+import numpy as np
+import torch
+
+STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# By regime: nothing, one, around a word, around the vector tile, around the tally tile, a prime.
+SIZES = (0, 1, 31, 32, 33, 511, 512, 513, 8191, 8192, 8193, 10007)
+
+
+def exact(n, generator, dtype=torch.float32):
+    """Integers in [-64, 64]: with dyadic betas all arithmetic is exact, zeros and ties occur."""
+    return torch.randint(-64, 65, (n,), generator=generator).to(dtype)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def array(t):
+    """A tensor's values in float64."""
+    return t.detach().double().numpy()
+
+
+def stored(x, dtype):
+    """float32 values rounded to a storage type, as float64."""
+    return array(torch.from_numpy(np.asarray(x, np.float32)).to(dtype))
+
+
+def words(t):
+    """int32 words as the uint32 that the oracle packs."""
+    return t.contiguous().numpy().view(np.uint32)
+
+
+def bits_equal(a, b):
+    """Whether two tensors hold the same bits."""
+    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(ints), b.contiguous().view(ints))
+
+
+def lr_of(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def step_of(value):
+    return torch.tensor(value, dtype=torch.int64)
+
+
+def no_counts():
+    return torch.zeros(1, dtype=torch.int64)

@@ -1,0 +1,112 @@
+"""A second opinion, written from the papers in float64 and Python integers.
+
+Imports nothing of lion_kernels. Lion: arXiv:2302.06675, Algorithm 2; the vote: arXiv:2404.00438,
+Algorithm 1; zero votes, ties, abstentions and rounding as the README's contract says: decay and
+step size are float32 scalars, the update is one float32 expression rounded once to storage.
+"""
+
+import numpy as np
+
+M64 = 2**64 - 1
+
+
+def f32(x):
+    return np.float64(np.float32(x))
+
+
+def interpolate(m, g, beta, maximize=False):
+    """beta * m + (1 - beta) * g in float64."""
+    g = -np.asarray(g, np.float64) if maximize else np.asarray(g, np.float64)
+    return beta * np.asarray(m, np.float64) + (1 - beta) * g
+
+
+def update(p, delta, lr, weight_decay):
+    """p * (1 - lr * wd) - lr * delta, rounded once to float32."""
+    decay, step = f32(1 - lr * weight_decay), np.float32(lr) * np.asarray(delta, np.float32)
+    return np.float32(np.asarray(p, np.float64) * decay - np.float64(step))
+
+
+def average_update(p, total, n, lr, weight_decay):
+    """The same with delta = total / n; the step of one vote, lr / n, is the float32 scalar."""
+    decay, unit = f32(1 - lr * weight_decay), np.float32(lr / n)
+    step = unit * np.asarray(total, np.float32)
+    return np.float32(np.asarray(p, np.float64) * decay - np.float64(step))
+
+
+def pack(bits):
+    """0/1 integers, element 32*w + k in bit k of word w, as little-endian uint32 words."""
+    padded = np.zeros(-(-len(bits) // 32) * 32, np.uint8)
+    padded[: len(bits)] = bits
+    return np.packbits(padded, bitorder="little").view("<u4")
+
+
+def unpack(words):
+    return np.unpackbits(np.ascontiguousarray(words, "<u4").view(np.uint8), bitorder="little")
+
+
+def _splitmix(state):
+    z = (state + 0x9E3779B97F4A7C15) & M64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & M64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & M64
+    return z ^ (z >> 31)
+
+
+def coin(seed, stream, step, first, n):
+    """The coins of elements first .. first + n, 0 or 1; stream is the rank, or -1 for ties."""
+    key = _splitmix(_splitmix(_splitmix(seed) ^ (stream & M64)) ^ step)
+    out = np.empty(n, np.uint8)
+    for i in range(n):
+        word, bit = divmod(first + i, 32)
+        draw = _splitmix((key + word * 0x9E3779B97F4A7C15) & M64) >> 32
+        out[i] = draw >> bit & 1
+    return out
+
+
+def votes(c, ballots, coins):
+    """sign(c); not finite abstains; binary ballots replace a zero vote by its coin."""
+    c = np.asarray(c, np.float64)
+    vote = np.where(np.isfinite(c), np.sign(np.where(np.isfinite(c), c, 0)), 0).astype(np.int64)
+    if ballots == "binary":
+        vote = np.where(vote == 0, 2 * coins.astype(np.int64) - 1, vote)
+    return vote
+
+
+def majority(total, ties, coins):
+    """sign(total); a tie is 0, or its coin."""
+    delta = np.sign(total)
+    return np.where(total == 0, 2 * coins.astype(np.int64) - 1, delta) if ties == "coin" else delta
+
+
+class World:
+    """N workers and their common parameters, kept as a list of flat float32 arrays."""
+
+    def __init__(self, params, n, *, aggregation, ballots, ties, seed, lr, betas, weight_decay):
+        self.params = [np.array(p, np.float32) for p in params]
+        self.exp_avgs = [[np.zeros(len(p)) for p in params] for _ in range(n)]
+        self.n, self.aggregation, self.ballots, self.ties = n, aggregation, ballots, ties
+        self.seed, self.lr, self.betas, self.weight_decay = seed, lr, betas, weight_decay
+        self.steps = 0
+
+    def step(self, grads):
+        """grads[rank][tensor]: a flat array, or None."""
+        first = 0  # position in the group's ballot: every tensor starts a word
+        for t, p in enumerate(self.params):
+            present = any(rank_grads[t] is not None for rank_grads in grads)
+            total = np.zeros(len(p), np.int64)
+            for rank in range(self.n):
+                g, m = grads[rank][t], self.exp_avgs[rank][t]
+                c = np.zeros(len(p)) if g is None else interpolate(m, g, self.betas[0])
+                coins = coin(self.seed, rank, self.steps, first, len(p))
+                total += votes(c, self.ballots, coins)
+                if g is not None:
+                    self.exp_avgs[rank][t] = np.where(
+                        np.isfinite(c), interpolate(m, g, self.betas[1]), m
+                    )
+            if present and self.aggregation == "average":
+                self.params[t] = average_update(p, total, self.n, self.lr, self.weight_decay)
+            elif present:
+                ties = coin(self.seed, -1, self.steps, first, len(p))
+                delta = majority(total, self.ties, ties)
+                self.params[t] = update(p, delta, self.lr, self.weight_decay)
+            first += -(-len(p) // 32) * 32
+        self.steps += 1

@@ -1,0 +1,110 @@
+"""Room 3, apply, on every back end, against the oracle."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from common import SIZES, STORAGE_DTYPES, array, bits_equal, generator, lr_of, stored
+
+from lion_kernels import reference
+from lion_kernels.layout import BallotLayout
+
+LR, WD = 3e-3, 0.7
+
+
+def run(backend, params, integers, planes, scale, shards=1, present=None, lr=None):
+    """Applies integers[t] of 0 .. scale, one vector a tensor."""
+    layout = BallotLayout(tuple(p.numel() for p in params), planes, shards)
+    flat = torch.zeros(shards * layout.words_per_shard * 32, dtype=torch.int64)
+    first = 0
+    for v in integers:
+        flat[first : first + len(v)] = v
+        first += -(-len(v) // 32) * 32
+    verdict = reference.pack(flat.view(shards, -1), planes)
+    flags = torch.zeros(3, layout.flag_words, dtype=torch.int32)
+    flags[1] = layout.pack_flags(present or [True] * len(params))
+    backend.apply(params, verdict, flags, scale, lr_of(LR) if lr is None else lr, WD)
+
+
+def want(p, v, scale):
+    total = 2 * v.numpy() - scale
+    if scale <= 2:
+        new = oracle.update(array(p), total / scale, LR, WD)
+    else:
+        new = oracle.average_update(array(p), total, scale, LR, WD)
+    return stored(new, p.dtype)
+
+
+@pytest.mark.parametrize(
+    ("planes", "scale"), [(1, 1), (2, 2), (2, 3), (4, 8), (8, 128), (11, 1024)]
+)
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+def test_verdicts_of_every_kind(backend, dtype, planes, scale):
+    gen = generator(scale)
+    p = torch.randn(4000, generator=gen).to(dtype)
+    v = torch.randint(0, scale + 1, (4000,), generator=gen)
+    expected = want(p, v, scale)
+    run(backend, [p], [v], planes, scale)
+    np.testing.assert_array_equal(array(p), expected)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_sizes(backend, n):
+    gen = generator(n)
+    room = torch.randn(n + 64, generator=gen)
+    p = room[32 : 32 + n]
+    before, v = room.clone(), torch.randint(0, 2, (n,), generator=gen)
+    expected = want(p, v, 1)
+    run(backend, [p], [v], 1, 1)
+    np.testing.assert_array_equal(array(p), expected)
+    assert bits_equal(room[:32], before[:32])
+    assert bits_equal(room[32 + n :], before[32 + n :])
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 17])
+def test_lists_shards_and_presence(backend, shards):
+    gen = generator(shards)
+    numels = (33, 0, 5000, 1, 32, 700)
+    present = [True, True, False, True, False, True]
+    params = [torch.randn(n, generator=gen).to(STORAGE_DTYPES[i % 3]) for i, n in enumerate(numels)]
+    integers = [torch.randint(0, 3, (n,), generator=gen) for n in numels]
+    expected = [
+        want(p, v, 2) if here else array(p)
+        for p, v, here in zip(params, integers, present, strict=True)
+    ]
+    run(backend, params, integers, 2, 2, shards, present)
+    for p, e in zip(params, expected, strict=True):
+        np.testing.assert_array_equal(array(p), e)
+
+
+@pytest.mark.parametrize("lr", [lr_of(LR), lr_of(LR).view(1)])
+def test_tensor_lr(backend, lr):
+    p = torch.randn(100, generator=generator(1))
+    v = torch.randint(0, 2, (100,), generator=generator(2))
+    expected = want(p, v, 1)
+    run(backend, [p], [v], 1, 1, lr=lr)
+    np.testing.assert_array_equal(array(p), expected)
+
+
+def test_more_tensors_than_one_flag_word(backend):
+    gen = generator(3)
+    params = [torch.randn(3, generator=gen) for _ in range(70)]
+    present = [i % 3 == 0 for i in range(70)]
+    integers = [torch.randint(0, 2, (3,), generator=gen) for _ in range(70)]
+    expected = [
+        want(p, v, 1) if here else array(p)
+        for p, v, here in zip(params, integers, present, strict=True)
+    ]
+    run(backend, params, integers, 1, 1, present=present)
+    for p, e in zip(params, expected, strict=True):
+        np.testing.assert_array_equal(array(p), e)
+
+
+def test_transposed_parameter(backend):
+    """Bits follow storage order, not logical order."""
+    base = torch.randn(6, 50, generator=generator(4))
+    p = base.clone().t()
+    v = torch.randint(0, 2, (300,), generator=generator(5))
+    expected = want(base.flatten(), v, 1)
+    run(backend, [p], [v], 1, 1)
+    np.testing.assert_array_equal(array(p.t().flatten()), expected)

@@ -1,0 +1,84 @@
+"""Both exchanges against the oracle, bit for bit, in worlds of up to 64 ranks in one process."""
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from common import array, exact, generator, words
+from simulate import SimulatedWorld
+
+from lion_kernels.exchange import Buffers, choose
+from lion_kernels.layout import BallotLayout
+
+WORLDS = (1, 2, 3, 4, 5, 8, 16, 17, 64)
+OPTIONS = list(itertools.product(("majority", "average"), ("binary", "ternary"), ("zero", "coin")))
+HYPER = {"seed": 5, "lr": 1e-2, "betas": (0.5, 0.75)}
+
+
+def check(numels, n, aggregation, ballots, ties, steps=2):
+    gen = generator(n)
+    params = [torch.randn(size, generator=gen) for size in numels]
+    vote = {"aggregation": aggregation, "ballots": ballots, "ties": ties}
+    expected = oracle.World([array(p) for p in params], n, **vote, **HYPER, weight_decay=0.3)
+    simulated = [
+        SimulatedWorld(params, n, **vote, **HYPER, wd=0.3, exchange=name)
+        for name in ("allgather", "sharded")
+    ]
+    for _ in range(steps):
+        grads = [[exact(size, gen) for size in numels] for _ in range(n)]
+        for t in range(1, len(numels)):  # missing on some ranks; tensor 0 everywhere present
+            for rank in range(n):
+                if torch.rand((), generator=gen) < 0.3:
+                    grads[rank][t] = None
+        if len(numels) > 2:  # missing everywhere
+            for rank in range(n):
+                grads[rank][2] = None
+        expected.step([[None if g is None else array(g) for g in row] for row in grads])
+        for world in simulated:
+            world.step(grads)
+            for rank in range(n):
+                for p, want in zip(world.params[rank], expected.params, strict=True):
+                    np.testing.assert_array_equal(p.numpy(), want)
+    return simulated
+
+
+@pytest.mark.parametrize(("aggregation", "ballots", "ties"), OPTIONS)
+@pytest.mark.parametrize("n", WORLDS)
+def test_exchanges_equal_the_oracle(n, aggregation, ballots, ties):
+    worlds = check((200, 33, 50, 0, 1), n, aggregation, ballots, ties)
+    flat = [
+        w.buffers[0].verdict.transpose(0, 1).reshape(w.buffers[0].verdict.shape[1], -1)
+        for w in worlds
+    ]
+    used = worlds[0].layout.n_words
+    np.testing.assert_array_equal(words(flat[0][:, :used]), words(flat[1][:, :used]))
+
+
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 127, 128, 129, 511, 512, 513, 1021])
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_every_boundary(n, size):
+    for aggregation, ballots in itertools.product(("majority", "average"), ("binary", "ternary")):
+        check((size,), n, aggregation, ballots, "zero", steps=1)
+
+
+def storages(buffers):
+    """Bytes of the distinct storages behind a group's buffers."""
+    tensors = (buffers.ballot, buffers.received, buffers.own_verdict, buffers.verdict)
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 16, 64])
+def test_buffers_take_half_a_byte_a_parameter(n):
+    size = 1_000_000
+    for planes in (1, 2):
+        buffers = Buffers.allocate(BallotLayout((size,), 1, n), planes, n, torch.device("cpu"))
+        slack = n * 64  # padding to 16 bytes and flags
+        assert storages(buffers) <= size / 2 + slack
+
+
+def test_auto():
+    assert [choose(n) for n in (1, 2, 3, 4, 5, 64)] == ["allgather"] * 3 + ["sharded"] * 3

@@ -1,0 +1,474 @@
+"""Lion, the optimizer: everything around the fused pass."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from common import array, bits_equal, generator
+
+from lion_kernels import Lion
+
+OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.3}
+
+
+def eager(params, exp_avgs, lr=1e-2, betas=(0.8, 0.95), weight_decay=0.3, sign=1.0):
+    """Lion as its authors wrote it, in PyTorch: updates params and exp_avgs in place."""
+    with torch.no_grad():
+        for p, m in zip(params, exp_avgs, strict=True):
+            if p.grad is not None:
+                g = sign * p.grad
+                c = m * betas[0] + g * (1 - betas[0])
+                p.mul_(1 - lr * weight_decay).add_(torch.sign(c), alpha=-lr)
+                m.mul_(betas[1]).add_(g, alpha=1 - betas[1])
+
+
+def parameters(*shapes, seed=0):
+    gen = generator(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=gen)) for shape in shapes]
+
+
+def set_grads(params, seed):
+    gen = generator(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=gen)
+
+
+def close(ours, theirs):
+    """Equal to eager Lion up to the rounding that it does twice: one unit in the last place."""
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-22, atol=1e-7)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_many_steps_match_eager_lion(maximize):
+    params = parameters((30, 20), (7,), (), (0,), (3, 2, 2, 2))
+    twins = copy.deepcopy(params)
+    exp_avgs = [torch.zeros_like(p) for p in twins]
+    opt = Lion(params, **OPTIONS, maximize=maximize)
+    for step in range(20):
+        set_grads(params, step)
+        set_grads(twins, step)
+        opt.step()
+        eager(twins, exp_avgs, sign=-1.0 if maximize else 1.0)
+    close(params, twins)
+    for p, m in zip(params, exp_avgs, strict=True):
+        torch.testing.assert_close(opt.state[p]["exp_avg"], m)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("lr", -1.0, "lr must be at least 0, got -1.0"),
+        ("lr", float("nan"), "lr must be at least 0"),
+        ("lr", torch.zeros(2), "one element"),
+        ("betas", (1.2, 0.9), r"beta1 must be in \[0, 1\), got 1.2"),
+        ("betas", (0.9, 1.0), r"beta2 must be in \[0, 1\), got 1.0"),
+        ("betas", (0.9,), "pair"),
+        ("weight_decay", -0.1, "weight_decay must be at least 0"),
+        ("momentum_dtype", "float8", "momentum_dtype must be None or one of float32"),
+        ("momentum_dtype", torch.int8, "momentum_dtype must be"),
+    ],
+)
+def test_bad_options(option, value, message):
+    with pytest.raises(ValueError, match=message):
+        Lion(parameters((3,)), **{option: value})
+    opt = Lion(parameters((3,)))
+    with pytest.raises(ValueError, match=message):
+        opt.add_param_group({"params": parameters((4,)), option: value})
+    assert len(opt.param_groups) == 1
+
+
+def test_unknown_option():
+    with pytest.raises(TypeError, match="learning_rate"):
+        Lion(parameters((3,)), learning_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ([torch.zeros(3).double()], "float64"),
+        ([torch.zeros(3), torch.zeros(3, device="meta")], "one device"),
+        ([torch.zeros(3, 1).expand(3, 4)], "overlap"),
+    ],
+)
+def test_bad_parameters(params, message):
+    with pytest.raises(ValueError, match=message):
+        Lion(params)
+
+
+def test_bad_gradients_write_nothing():
+    good, bad = parameters((5,), (4, 3))
+    opt = Lion([("good", good), ("bad", bad)], **OPTIONS)
+    set_grads([good, bad], 0)
+    opt.step()
+    before = copy.deepcopy([good, bad, opt.state_dict()["state"]])
+    sparse = torch.eye(4, 3).to_sparse()
+    bad.grad = sparse
+    with pytest.raises(ValueError, match=r"sparse gradients .*parameter 1 of group 0 .'bad'"):
+        opt.step()
+    after = [good, bad, opt.state_dict()["state"]]
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    for i in (0, 1):
+        assert torch.equal(before[2][i]["exp_avg"], after[2][i]["exp_avg"])
+
+
+def test_a_gradient_of_another_dtype_is_refused():
+    p = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    opt = Lion([p])
+    p.grad = torch.ones(4, dtype=torch.bfloat16)
+    p.data = p.data.float()  # what a careless cast does
+    with pytest.raises(ValueError, match=r"must be torch.float32 .* got torch.bfloat16"):
+        opt.step()
+
+
+def test_options_are_checked_again_in_the_step():
+    params = parameters((3,))
+    opt = Lion(params)
+    set_grads(params, 0)
+    before = params[0].clone()
+    opt.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr must be at least 0"):
+        opt.step()
+    assert torch.equal(params[0], before)
+
+
+def test_groups_and_their_options():
+    a, b, c = parameters((40,), (50,), (60,))
+    twins = copy.deepcopy([a, b, c])
+    exp_avgs = [torch.zeros_like(p) for p in twins]
+    opt = Lion([{"params": [a]}, {"params": [b], "lr": 5e-2, "betas": (0.5, 0.6)}], **OPTIONS)
+    opt.add_param_group({"params": [c], "weight_decay": 0.9})
+    for step in range(3):
+        set_grads([a, b, c], step)
+        set_grads(twins, step)
+        opt.step()
+        eager(twins[:1], exp_avgs[:1])
+        eager(twins[1:2], exp_avgs[1:2], lr=5e-2, betas=(0.5, 0.6))
+        eager(twins[2:], exp_avgs[2:], weight_decay=0.9)
+    close([a, b, c], twins)
+
+
+def test_missing_gradients_and_frozen_parameters():
+    a, b, c = parameters((4,), (5,), (6,))
+    c.requires_grad_(False)
+    opt = Lion([a, b, c], **OPTIONS)
+    a.grad = torch.ones(4)
+    before = copy.deepcopy([b, c])
+    opt.step()
+    assert torch.equal(b, before[0]) and torch.equal(c, before[1])
+    assert list(opt.state) == [a]
+
+
+def test_closure():
+    params = parameters((6,))
+    opt = Lion(params, **OPTIONS)
+
+    def closure():
+        opt.zero_grad()
+        loss = (params[0] ** 2).sum()
+        loss.backward()
+        return loss
+
+    first = opt.step(closure)
+    assert first is not None and opt.step(closure) < first
+    assert params[0].grad.requires_grad is False
+
+
+@pytest.mark.parametrize("name", ["LambdaLR", "OneCycleLR", "CosineAnnealingLR"])
+def test_schedulers(name):
+    params = parameters((10,))
+    twins = copy.deepcopy(params)
+    exp_avgs = [torch.zeros_like(p) for p in twins]
+    opt = Lion(params, **OPTIONS)
+    make = getattr(torch.optim.lr_scheduler, name)
+    kwargs = {
+        "LambdaLR": {"lr_lambda": lambda step: 0.5**step},
+        "OneCycleLR": {"max_lr": 0.1, "total_steps": 10, "cycle_momentum": False},
+        "CosineAnnealingLR": {"T_max": 10},
+    }[name]
+    scheduler = make(opt, **kwargs)
+    for step in range(5):
+        set_grads(params, step)
+        set_grads(twins, step)
+        lr = opt.param_groups[0]["lr"]
+        opt.step()
+        eager(twins, exp_avgs, lr=lr)
+        scheduler.step()
+    close(params, twins)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_tensor_lr(shape):
+    params = parameters((100,))
+    twins = copy.deepcopy(params)
+    lr = torch.full(shape, 1e-2)
+    opt = Lion(params, **{**OPTIONS, "lr": lr})
+    reference = Lion(twins, **{**OPTIONS, "lr": lr.item()})
+    for step in range(3):
+        lr.fill_(10.0 ** (-1 - step))
+        reference.param_groups[0]["lr"] = lr.item()
+        set_grads(params, step)
+        set_grads(twins, step)
+        opt.step()
+        reference.step()
+    assert bits_equal(params[0], twins[0])
+
+
+def layouts():
+    base = generator(3)
+    image = torch.randn(4, 6, 5, 3, generator=base)
+    return {
+        "transposed": torch.randn(8, 5, generator=base).t(),
+        "channels_last": image.contiguous(memory_format=torch.channels_last),
+        "column slice": torch.randn(9, 10, generator=base)[:, ::2],
+        "transposed slice": torch.randn(9, 10, generator=base)[:, :7].t(),
+        "offset": torch.randn(50, generator=base)[7:30],
+    }
+
+
+@pytest.mark.parametrize("grad_like", ["parameter", "contiguous", "expanded"])
+@pytest.mark.parametrize("layout", layouts())
+def test_memory_layouts(layout, grad_like):
+    """Any strides of parameter and gradient give the result of the contiguous ones, and nothing
+    beside the parameter is written."""
+    p = torch.nn.Parameter(layouts()[layout])
+    storage = p.data.untyped_storage()
+    everything = torch.empty(0).set_(storage).clone()
+    twin = torch.nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format))
+    opt, reference = Lion([p], **OPTIONS), Lion([twin], **OPTIONS)
+    for step in range(3):
+        g = torch.randn(p.shape, generator=generator(step))
+        if grad_like == "expanded":
+            g = g[:1].expand(p.shape)
+        twin.grad = g.clone(memory_format=torch.contiguous_format)
+        p.grad = torch.empty_like(p).copy_(g) if grad_like == "parameter" else g
+        before = p.grad.clone()
+        opt.step()
+        reference.step()
+        assert torch.equal(p.grad, before)
+    assert torch.equal(p, twin)
+    assert p.data.untyped_storage().data_ptr() == storage.data_ptr()
+    inside = torch.zeros_like(everything)
+    inside.as_strided(p.size(), p.stride(), p.storage_offset()).fill_(1.0)
+    outside = inside == 0
+    assert torch.equal(torch.empty(0).set_(storage)[outside], everything[outside])
+
+
+def test_the_memory_format_may_change_between_steps():
+    p = torch.nn.Parameter(torch.randn(4, 6, 5, 3, generator=generator(1)))
+    twin = torch.nn.Parameter(p.detach().clone())
+    opt, reference = Lion([p], **OPTIONS), Lion([twin], **OPTIONS)
+    for step in range(4):
+        if step == 2:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+        g = torch.randn(p.shape, generator=generator(step))
+        p.grad, twin.grad = torch.empty_like(p).copy_(g), g
+        opt.step()
+        reference.step()
+    assert torch.equal(p, twin)
+
+
+def test_complex_parameters_are_pairs_of_reals():
+    gen = generator(1)
+    real = torch.nn.Parameter(torch.randn(20, 2, generator=gen))
+    p = torch.nn.Parameter(torch.view_as_complex(real.detach().clone()))
+    opt, reference = Lion([p], **OPTIONS), Lion([real], **OPTIONS)
+    for _ in range(3):
+        real.grad = torch.randn(20, 2, generator=gen)
+        p.grad = torch.view_as_complex(real.grad.clone())
+        opt.step()
+        reference.step()
+    assert torch.equal(torch.view_as_real(p.detach()), real)
+    p.grad = p.grad.conj()  # a lazy view: its memory holds the unconjugated values
+    real.grad = torch.view_as_real(p.grad.resolve_conj()).clone()
+    opt.step()
+    reference.step()
+    assert torch.equal(torch.view_as_real(p.detach()), real)
+    with pytest.raises(ValueError, match="momentum_dtype must be None for complex"):
+        Lion([p], momentum_dtype="float32")
+
+
+@pytest.mark.parametrize("given", [torch.float32, "float32"])
+def test_momentum_dtype(given):
+    p = torch.nn.Parameter(torch.zeros(10, dtype=torch.bfloat16))
+    opt = Lion([p], **OPTIONS, momentum_dtype=given)
+    p.grad = torch.full((10,), 0.37, dtype=torch.bfloat16)
+    opt.step()
+    m = opt.state[p]["exp_avg"]
+    assert m.dtype == torch.float32
+    expected = np.float32(oracle.interpolate(0.0, array(p.grad), 0.95))
+    np.testing.assert_allclose(array(m), expected, rtol=2**-23)
+    assert Lion([p]).defaults["momentum_dtype"] is None
+
+
+def round_trip(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("momentum_dtype", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_resume(dtype, momentum_dtype):
+    """A run that is saved and loaded half-way ends with the bits of one that was not."""
+
+    def build():
+        params = [torch.nn.Parameter(p.detach().to(dtype)) for p in parameters((300,), (7, 5))]
+        return params, Lion(params, **OPTIONS, momentum_dtype=momentum_dtype)
+
+    def train(params, opt, steps):
+        for step in steps:
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator(step)).to(dtype)
+            opt.step()
+
+    straight, opt = build()
+    train(straight, opt, range(6))
+    first, saved = build()
+    train(first, saved, range(3))
+    state = round_trip(saved.state_dict())
+    second, loaded = build()
+    for p, q in zip(second, first, strict=True):
+        p.data.copy_(q)
+    loaded.load_state_dict(state)
+    train(second, loaded, range(3, 6))
+    for p, q in zip(straight, second, strict=True):
+        assert bits_equal(p, q)
+        assert bits_equal(opt.state[p]["exp_avg"], loaded.state[q]["exp_avg"])
+
+
+def test_loads_the_state_of_other_lions():
+    """lion-pytorch, google's and timm's Lion keep exp_avg and the group keys lr, betas,
+    weight_decay, and some more."""
+    params = parameters((6,), (4, 3))
+    foreign = {
+        "state": {0: {"exp_avg": torch.arange(6.0)}, 1: {"exp_avg": torch.ones(4, 3)}},
+        "param_groups": [
+            {"params": [0, 1], "lr": 0.5, "betas": (0.1, 0.2), "weight_decay": 0.7, "foreach": None}
+        ],
+    }
+    opt = Lion(params, momentum_dtype="bfloat16", maximize=True)
+    opt.load_state_dict(foreign)
+    group = opt.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5, (0.1, 0.2), 0.7)
+    assert group["maximize"] is True
+    assert opt.state[params[0]]["exp_avg"].dtype == torch.bfloat16
+    assert torch.equal(opt.state[params[0]]["exp_avg"].float(), torch.arange(6.0))
+    set_grads(params, 0)
+    opt.step()
+
+
+def test_loads_lion_pytorch_itself():
+    lion_pytorch = pytest.importorskip("lion_pytorch")
+    params = parameters((30,), (4, 3))
+    twins = copy.deepcopy(params)
+    theirs = lion_pytorch.Lion(twins, **OPTIONS)
+    for step in range(3):
+        set_grads(twins, step)
+        theirs.step()
+    for p, q in zip(params, twins, strict=True):
+        p.data.copy_(q)
+    ours = Lion(params)
+    ours.load_state_dict(theirs.state_dict())
+    for step in range(3, 6):
+        set_grads(params, step)
+        set_grads(twins, step)
+        ours.step()
+        theirs.step()
+    close(params, twins)
+    for p, q in zip(params, twins, strict=True):
+        assert bits_equal(ours.state[p]["exp_avg"], theirs.state[q]["exp_avg"])
+
+
+@pytest.mark.parametrize("change", ["shape", "lr"])
+def test_a_bad_state_changes_nothing(change):
+    params = parameters((6,))
+    opt = Lion(params, **OPTIONS)
+    set_grads(params, 0)
+    opt.step()
+    state = copy.deepcopy(opt.state_dict())
+    if change == "shape":
+        state["state"][0]["exp_avg"] = torch.zeros(5)
+    state["param_groups"][0]["lr"] = -3.0 if change == "lr" else 3.0
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match=r"\(6,\), got \(5,\)" if change == "shape" else "lr must"):
+        opt.load_state_dict(state)
+    assert opt.param_groups[0]["lr"] == before["param_groups"][0]["lr"]
+    assert torch.equal(opt.state_dict()["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
+
+
+def test_a_loaded_momentum_takes_its_parameters_layout():
+    p = torch.nn.Parameter(torch.randn(4, 6, 5, 3).contiguous(memory_format=torch.channels_last))
+    opt = Lion([p], **OPTIONS)
+    p.grad = torch.randn_like(p)
+    opt.step()
+    state = opt.state_dict()
+    m = state["state"][0]["exp_avg"].clone()
+    state["state"][0]["exp_avg"] = m.contiguous()
+    opt.load_state_dict(state)
+    assert opt.state[p]["exp_avg"].stride() == p.stride()
+    assert torch.equal(opt.state[p]["exp_avg"], m)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_are_independent_and_equal(copier):
+    params = parameters((20,))
+    opt = Lion(params, **OPTIONS)
+    set_grads(params, 0)
+    opt.step()
+    twin = copier(opt)
+    theirs = twin.param_groups[0]["params"]
+    theirs[0].grad = params[0].grad.clone()
+    opt.step()
+    assert not torch.equal(theirs[0], params[0])
+    twin.step()
+    assert torch.equal(theirs[0], params[0])
+
+
+def test_a_step_allocates_nothing_of_parameter_size():
+    p = torch.nn.Parameter(torch.randn(1_000_000))
+    opt = Lion([p], **OPTIONS)
+    p.grad = torch.randn_like(p)
+    opt.step()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        opt.step()
+    largest = max(abs(event.self_cpu_memory_usage) for event in profile.key_averages())
+    assert largest < 1000
+
+
+def test_beside_a_compiled_model():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model)
+    opt, reference = Lion(model.parameters(), **OPTIONS), Lion(twin.parameters(), **OPTIONS)
+    x = torch.randn(32, 8)
+    losses = []
+    for _ in range(5):
+        for net, optimizer in ((compiled, opt), (twin, reference)):
+            optimizer.zero_grad()
+            loss = (net(x) - x.sum(1, keepdim=True)).square().mean()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_the_ops_compile_without_graph_breaks():
+    def step(p, g, m, lr):
+        torch.ops.lion_kernels.lion_step([p], [g], [m], lr, 0.9, 0.99, 0.1, False, None)
+        return p * 2
+
+    p, g, m = (torch.randn(40, generator=generator(i)) for i in range(3))
+    q, n = p.clone(), m.clone()
+    lr = torch.tensor(0.1)
+    expected = step(p, g, m, lr)
+    assert torch.equal(torch.compile(step, fullgraph=True)(q, g, n, lr), expected)
+    assert torch.equal(p, q) and torch.equal(m, n)

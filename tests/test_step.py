@@ -1,0 +1,130 @@
+"""The fused pass of one device, lion_step, on every back end, against the oracle."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from common import (
+    SIZES,
+    STORAGE_DTYPES,
+    array,
+    bits_equal,
+    exact,
+    generator,
+    lr_of,
+    no_counts,
+    stored,
+)
+
+from lion_kernels import _C, build_info
+
+LR, WD = 3e-3, 0.7
+
+
+def run(backend, params, grads, exp_avgs, betas=(0.5, 0.75), maximize=False, nonfinite=None):
+    backend.lion_step(params, grads, exp_avgs, lr_of(LR), *betas, WD, maximize, nonfinite)
+
+
+def want(p, g, m, betas=(0.5, 0.75), maximize=False):
+    c = oracle.interpolate(array(m), array(g), betas[0], maximize)
+    new_p = oracle.update(array(p), np.sign(c), LR, WD)
+    new_m = oracle.interpolate(array(m), array(g), betas[1], maximize)
+    return stored(new_p, p.dtype), stored(new_m, m.dtype)
+
+
+def check_exact(backend, params, grads, exp_avgs, **kwargs):
+    expected = [want(*row, **kwargs) for row in zip(params, grads, exp_avgs, strict=True)]
+    run(backend, params, grads, exp_avgs, **kwargs)
+    for p, m, (new_p, new_m) in zip(params, exp_avgs, expected, strict=True):
+        np.testing.assert_array_equal(array(p), new_p)
+        np.testing.assert_array_equal(array(m), new_m)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_bit_exact_on_exact_inputs(backend, n):
+    gen = generator(n)
+    check_exact(backend, [torch.randn(n, generator=gen)], [exact(n, gen)], [exact(n, gen)])
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("m_dtype", STORAGE_DTYPES)
+@pytest.mark.parametrize("p_dtype", STORAGE_DTYPES)
+def test_dtypes_in_one_list(backend, p_dtype, m_dtype, maximize):
+    gen = generator(1)
+    numels = (1000, 0, 33, 1)
+    params = [torch.randn(n, generator=gen).to(p_dtype) for n in numels]
+    grads = [exact(n, gen, p_dtype) for n in numels]
+    exp_avgs = [exact(n, gen, m_dtype) for n in numels]
+    params.append(torch.randn(50, generator=gen))
+    grads.append(exact(50, gen))
+    exp_avgs.append(exact(50, gen))
+    check_exact(backend, params, grads, exp_avgs, maximize=maximize)
+
+
+def test_no_element_differs_on_random_floats(backend):
+    """fp32: equal to float64 rounded once, but where the exact |c| is a few ulp from 0; the error
+    of the momentum is at most twice that of plain PyTorch."""
+    gen = generator(2)
+    p, g, m = (torch.randn(200_000, generator=gen) for _ in range(3))
+    c = oracle.interpolate(array(m), array(g), 0.9)
+    far = np.abs(c) > 4 * 2.0**-24 * (0.9 * np.abs(array(m)) + 0.1 * np.abs(array(g)))
+    plain = m.clone().mul_(0.99).add_(g, alpha=1 - 0.99)
+    exact_m = oracle.interpolate(array(m), array(g), 0.99)
+    new_p, _ = want(p, g, m, betas=(0.9, 0.99))
+    run(backend, [p], [g], [m], betas=(0.9, 0.99))
+    np.testing.assert_array_equal(array(p)[far], new_p[far])
+    assert far.mean() > 0.999
+    error, plain_error = np.abs(array(m) - exact_m).sum(), np.abs(array(plain) - exact_m).sum()
+    assert error <= 2 * plain_error
+
+
+def test_nan_shows_in_the_parameter(backend):
+    p, g, m = torch.ones(70), torch.ones(70), torch.ones(70)
+    g[[0, 33, 69]] = torch.nan
+    g[5], g[6] = torch.inf, -torch.inf
+    run(backend, [p], [g], [m])
+    assert p.isnan().nonzero().flatten().tolist() == [0, 33, 69]
+    assert p[5] == p[7] and p[6] > p[5]  # infinities have a sign
+
+
+def test_skip_leaves_weight_and_momentum(backend):
+    gen = generator(3)
+    p, g, m = torch.randn(1000, generator=gen), exact(1000, gen), exact(1000, gen)
+    g[3], g[500], m[999] = torch.nan, torch.inf, torch.nan
+    before_p, before_m, counts = p.clone(), m.clone(), no_counts()
+    new_p, new_m = want(p, g, m)
+    run(backend, [p], [g], [m], nonfinite=counts)
+    skipped = [3, 500, 999]
+    kept = np.setdiff1d(np.arange(1000), skipped)
+    assert counts.item() == 3
+    assert bits_equal(p[skipped], before_p[skipped])
+    assert bits_equal(m[skipped], before_m[skipped])
+    np.testing.assert_array_equal(array(p)[kept], new_p[kept])
+    np.testing.assert_array_equal(array(m)[kept], new_m[kept])
+
+
+@pytest.mark.parametrize("m_dtype", STORAGE_DTYPES)
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+def test_every_simd_level_gives_the_same_bits(dtype, m_dtype):
+    """Random floats of every magnitude, subnormals, infinities and NaN, with every rounding."""
+    gen = generator(4)
+    bits = torch.randint(-(2**31), 2**31 - 1, (3, 50_000), generator=gen).to(torch.int32)
+    if dtype.itemsize == 2:
+        p, g = (x.to(torch.int16).view(dtype) for x in bits[:2])
+    else:
+        p, g = bits[0].view(dtype), bits[1].view(dtype)
+    m = bits[2].view(torch.float32).to(m_dtype)
+    g = torch.where(torch.rand(50_000, generator=gen) < 0.5, g, m.to(dtype))
+    results = []
+    before = build_info()["simd"]
+    for level in build_info()["simd_levels"]:
+        _C.set_simd_level(level)
+        new_p, new_m = p.clone(), m.clone()
+        run(torch.ops.lion_kernels, [new_p], [g], [new_m], betas=(0.9, 0.99))
+        results.append((new_p, new_m))
+    _C.set_simd_level(before)
+    for new_p, new_m in results[1:]:
+        for mine, first in ((new_p, results[0][0]), (new_m, results[0][1])):
+            nan = first.isnan()
+            assert torch.equal(mine.isnan(), nan)
+            assert bits_equal(mine[~nan], first[~nan])
