@@ -5,20 +5,21 @@ buffers that the caller owns and return nothing. Lists may mix sizes and dtypes;
 and verdicts are int32 planes as layout.py lays them out. reference.py says what each computes.
 """
 
+import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lion_kernels.layout import BITS_PER_WORD, MAX_SCALE, words_of
 
+_C: Any = None
+_load_error: ImportError | None = None
 try:
-    from lion_kernels import _C
+    _C = importlib.import_module("lion_kernels._C")
 except ImportError as error:
-    _C = None
-    _load_error: ImportError | None = error
-else:
-    _load_error = None
+    _load_error = error
 
 SCHEMAS = {
     # One device: encode and apply in one pass. `nonfinite`: int64 (1,), counts skipped elements;
@@ -48,13 +49,17 @@ def require_native() -> None:
             "lion_kernels was not built for this Python: run "
             f"`pip install --no-build-isolation .` in its source ({_load_error})"
         )
+    built, running = _C.build_info()["torch"], torch.__version__.split("+")[0]
+    if built != running:
+        raise RuntimeError(
+            f"lion_kernels was built for torch {built}, got {running}: build it again"
+        )
 
 
 def build_info() -> dict[str, object]:
     """How the compiled library was built: version, torch, CUDA and its architectures, SIMD level
     in use, SIMD levels of this machine, bits per word."""
     require_native()
-    assert _C is not None
     return dict(_C.build_info())
 
 

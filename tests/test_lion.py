@@ -38,9 +38,10 @@ def set_grads(params, seed):
 
 
 def close(ours, theirs):
-    """Equal to eager Lion up to the rounding that it does twice: one unit in the last place."""
+    """Equal to eager Lion up to the second rounding that it makes in each step; one sign apart
+    would be 2 * lr, ten thousand times the bound."""
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=2**-22, atol=1e-7)
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("maximize", [False, True])

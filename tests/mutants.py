@@ -1,0 +1,140 @@
+"""Breaks a copy of the library on purpose, one mutant after the other, and shows that the tests
+notice each. `make mutants` runs all of them (about ten minutes on two cores); exit code 1 where one
+survives. `--only WORD` picks those whose name holds WORD.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ["test_encode.py", "test_tally.py", "test_apply.py", "test_step.py", "test_exchange.py"]
+USERS = ["test_lion.py", "test_exchange.py", "test_distributed.py"]
+
+# (what is broken, file, what stands there, what replaces it)
+MUTANTS = [
+    ("betas swapped", "csrc/lion_rows.h",
+     "return fma(one_minus_beta1, g, multiply(beta1, m))",
+     "return fma(one_minus_beta2, g, multiply(beta2, m))"),
+    ("momentum updated first", "csrc/lion_rows.h",
+     "const Vec c = moments.update(g, m);", "const Vec c = moments.update(g, moments.next(g, m));"),
+    ("decay after the update", "csrc/lion_rows.h",
+     "fms(p, decay, multiply(lr, sign))", "multiply(fms(p, one, multiply(lr, sign)), decay)"),
+    ("decay without lr", "csrc/lion_cpu.cpp", "1.0 - lr * weight_decay", "1.0 - weight_decay"),
+    ("decay without lr, voting", "csrc/lion_cpu.cpp",
+     "1.0 - lr_value * weight_decay", "1.0 - weight_decay"),
+    ("zero sent as +1", "csrc/lion_rows.h",
+     "(zero & coins(ballot.coin_key, ballot.first_word + i))", "zero"),
+    ("a tie is -1", "csrc/tally_rows.h",
+     "store_block(low + offset, tied, count)", "store_block(low + offset, Block{}, count)"),
+    ("threshold off by one", "csrc/tally_rows.h", "rows.scale / 2,", "rows.scale / 2 + 1,"),
+    ("last word dropped", "csrc/lion_rows.h", "if (rest == 0) return;", "return;"),
+    ("padding left as it was", "csrc/lion_cpu.cpp", "end - begin, 0u);", "0, 0u);"),
+    ("non-finite reaches the momentum", "csrc/lion_rows.h", "next = select(ok, next, m);", ""),
+    ("NaN hidden", "csrc/lion_rows.h", "minus_one, c));", "minus_one, fill(0.0f)));"),
+    ("bf16 truncates", "csrc/simd.h", "_mm512_set1_epi32(0x7fff)", "_mm512_set1_epi32(0)"),
+    ("portable fma rounds twice", "csrc/simd.h", "| inexact;", ";"),
+    ("carry of eight dropped", "csrc/bitplanes.h",
+     "add_bit(planes, n_planes, level + 3, eight);", ""),
+    ("ternary planes swapped", "csrc/lion_rows.h",
+     "ballot.plane0[i] = zero;\n          ballot.plane1[i] = plus;",
+     "ballot.plane0[i] = plus;\n          ballot.plane1[i] = zero;"),
+    ("plane weights equal", "csrc/lion_rows.h", "weight *= 2.0f", "weight *= 1.0f"),
+    ("coins forget the tensor's place", "csrc/lion_rows.h", "ballot.first_word + i", "i"),
+    ("average over N - 1", "csrc/lion_cpu.cpp",
+     "lr_value / static_cast<double>(scale)",
+     "lr_value / static_cast<double>(scale - (scale > 2))"),
+    ("presence of rank 0 only", "csrc/lion_cpu.cpp", "r < presence.size(0)", "r < 1"),
+    ("absent tensors vote -1", "csrc/lion_cpu.cpp",
+     "run.plane0[i] = valid;", "run.plane0[i] = 0;"),
+    ("rank 0 decides", "lion_kernels/distributed.py",
+     "count(ballots: Tensor, verdict: Tensor, first_word: int) -> None:",
+     "count(ballots: Tensor, verdict: Tensor, first_word: int) -> None:\n"
+     "            ballots = ballots[:1].expand_as(ballots).contiguous()"),
+    ("momentum shared", "lion_kernels/distributed.py",
+     "        layout, ops = buffers.layout",
+     "        [dist.broadcast(m, 0) for m in batch.exp_avgs]\n"
+     "        layout, ops = buffers.layout"),
+    ("lr of the group ignored", "lion_kernels/lion.py",
+     "lr_tensor(group),", "lr_tensor(self.defaults),"),
+    ("lr of the group ignored, voting", "lion_kernels/distributed.py",
+     "lr_tensor(group),", "lr_tensor(self.defaults),"),
+    ("maximize ignored", "lion_kernels/lion.py", 'group["maximize"],', "False,"),
+    ("every rank tosses one coin", "lion_kernels/distributed.py",
+     "            self._rank,\n", "            0,\n"),
+    ("step counter stands", "lion_kernels/distributed.py", 'group["step"] += 1', "pass"),
+    ("tie coins forget the shard", "lion_kernels/exchange.py",
+     "first_word = rank * buffers.layout.words_per_shard", "first_word = 0"),
+    ("absence forgotten", "lion_kernels/distributed.py",
+     "present = [g is not None for g in batch.grads]", "present = [True for g in batch.grads]"),
+    ("world instead of the group", "lion_kernels/exchange.py",
+     "buffers.ballot, group=group)", "buffers.ballot)"),
+    ("no broadcast", "lion_kernels/distributed.py", "if self._broadcast:", "if False:"),
+    ("replicas compared with themselves", "lion_kernels/agreement.py",
+     "for h in gathered]", "for h in gathered[:1]]"),
+    ("ties of an even world tossed", "lion_kernels/distributed.py",
+     'return 2 if self.ties == "zero"', 'return 2 if self.ties == "never"'),
+    ("own chunk counted as sent", "lion_kernels/exchange.py",
+     "own_verdict.nbytes) * (n - 1)", "own_verdict.nbytes) * n"),
+    ("momentum dtype cast on load", "lion_kernels/lion.py",
+     "if p in loaded:", "if False:"),
+]  # fmt: skip
+
+
+def run(command, folder):
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def build(folder):
+    outcome = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], folder)
+    if outcome.returncode != 0:
+        sys.exit(f"a mutant does not build:\n{outcome.stderr[-2000:]}")
+
+
+def noticed_by(folder, tests):
+    """The first failing test, or None."""
+    paths = [f"tests/{name}" for name in tests]
+    outcome = run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+                   "-k", "not compile", *paths], folder)  # fmt: skip
+    failed = [line for line in outcome.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if outcome.returncode not in (0, 1):
+        sys.exit(f"pytest broke:\n{outcome.stdout[-2000:]}{outcome.stderr[-2000:]}")
+    return failed[0].split(" - ")[0].split("::")[-1] if failed else None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="only mutants whose name holds this")
+    wanted = [m for m in MUTANTS if parser.parse_args().only in m[0]]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "tree"
+        ignore = shutil.ignore_patterns(".venv", ".git", "build", "runs", "__pycache__")
+        shutil.copytree(ROOT, folder, ignore=ignore)
+        build(folder)
+        rows = []
+        for name, file, old, new in tqdm(wanted, unit="mutant"):
+            source = folder / file
+            original = source.read_text()
+            if old not in original:
+                sys.exit(f"the mutant {name!r} is stale: {file} has no {old!r}")
+            source.write_text(original.replace(old, new))
+            compiled = file.startswith("csrc")
+            if compiled:
+                build(folder)
+            rows.append((name, file, noticed_by(folder, ROOMS if compiled else USERS)))
+            source.write_text(original)
+    table = [(name, file, test or "SURVIVED") for name, file, test in rows]
+    print(tabulate(table, headers=("mutant", "file", "noticed by")))
+    survivors = sum(test is None for *_, test in rows)
+    print(f"{len(rows) - survivors} of {len(rows)} mutants noticed")
+    sys.exit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()
