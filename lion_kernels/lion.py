@@ -155,6 +155,11 @@ class Lion(Optimizer):
                     f"all parameters of a group must be on one device: {self._label(group, i)} is "
                     f"on {p.device}, the first on {group['params'][0].device}"
                 )
+            if p.device.type != "cpu":
+                raise ValueError(
+                    f"parameters must be on the CPU, this version has no other kernels: "
+                    f"{self._label(group, i)} is on {p.device}"
+                )
 
     def _check_grad(self, group: dict[str, Any], index: int) -> None:
         p = group["params"][index]

@@ -93,6 +93,7 @@ def test_unknown_option():
     [
         ([torch.zeros(3).double()], "float64"),
         ([torch.zeros(3), torch.zeros(3, device="meta")], "one device"),
+        ([torch.zeros(3, device="meta")], "must be on the CPU"),
         ([torch.zeros(3, 1).expand(3, 4)], "overlap"),
     ],
 )

@@ -78,6 +78,22 @@ def test_no_element_differs_on_random_floats(backend):
     assert error <= 2 * plain_error
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_ulp_a_step_in_half_precision(backend, dtype):
+    """Random floats: within one ulp of the exact value of the paper's formula."""
+    gen = generator(5)
+    p, g, m = (torch.randn(100_000, generator=gen).to(dtype) for _ in range(3))
+    c = oracle.interpolate(array(m), array(g), 0.9)
+    far = np.abs(c) > 4 * 2.0**-24 * (0.9 * np.abs(array(m)) + 0.1 * np.abs(array(g)))
+    exact_p = array(p) * (1 - LR * WD) - LR * np.sign(c)
+    run(backend, [p], [g], [m], betas=(0.9, 0.99))
+    info = torch.finfo(dtype)
+    exponent = np.floor(np.log2(np.maximum(np.abs(exact_p), info.smallest_normal)))
+    ulp = info.eps * 2.0**exponent
+    assert (np.abs(array(p) - exact_p) <= ulp)[far].all()
+    assert far.mean() > 0.99
+
+
 def test_nan_shows_in_the_parameter(backend):
     p, g, m = torch.ones(70), torch.ones(70), torch.ones(70)
     g[[0, 33, 69]] = torch.nan
