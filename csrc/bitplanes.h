@@ -29,8 +29,8 @@ LION_HOST_DEVICE Word full_add(const Word& a, const Word& b, const Word& c, Word
 }
 
 // Adds one bit of weight 2^level to the integers in planes[0 .. n_planes).
-template <class Word>
-LION_HOST_DEVICE void add_bit(Word (&planes)[kMaxPlanes], int n_planes, int level, Word bit) {
+template <class Word, int kSize>
+LION_HOST_DEVICE void add_bit(Word (&planes)[kSize], int n_planes, int level, Word bit) {
   for (int b = level; b < n_planes; ++b) {
     const Word sum = planes[b] ^ bit;
     bit = planes[b] & bit;
@@ -41,8 +41,8 @@ LION_HOST_DEVICE void add_bit(Word (&planes)[kMaxPlanes], int n_planes, int leve
 // Adds eight bits of weight 2^level with a tree of seven carry-save adders and one ripple: 35 word
 // operations and 2 a remaining plane, for eight ballots of 32 elements a word. Planes at and above
 // n_planes must be zero and stay zero: the caller has made room for the sum.
-template <class Word>
-LION_HOST_DEVICE void add_eight_bits(Word (&planes)[kMaxPlanes], int n_planes, int level,
+template <class Word, int kSize>
+LION_HOST_DEVICE void add_eight_bits(Word (&planes)[kSize], int n_planes, int level,
                                      const Word (&bits)[8]) {
   Word ones = planes[level];
   Word twos = level + 1 < n_planes ? planes[level + 1] : Word{};
@@ -62,8 +62,8 @@ LION_HOST_DEVICE void add_eight_bits(Word (&planes)[kMaxPlanes], int n_planes, i
 }
 
 // Compares the integers with a constant: `above` where they exceed it, `equal` where they match.
-template <class Word>
-LION_HOST_DEVICE void compare(const Word (&planes)[kMaxPlanes], int n_planes, uint32_t constant,
+template <class Word, int kSize>
+LION_HOST_DEVICE void compare(const Word (&planes)[kSize], int n_planes, uint32_t constant,
                               Word& above, Word& equal) {
   above = Word{};
   equal = ~Word{};

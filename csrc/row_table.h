@@ -27,6 +27,6 @@ const RowKernels kRows = {
       {step_row<true, BF16, float>, step_row<true, BF16, BF16>, step_row<true, BF16, F16>},
       {step_row<true, F16, float>, step_row<true, F16, BF16>, step_row<true, F16, F16>}}},
     {apply_row<float>, apply_row<BF16>, apply_row<F16>},
-    tally_row,
-    elect_row,
+    count_row<Tally>,
+    count_row<Elect>,
 };

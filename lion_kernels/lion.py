@@ -200,7 +200,7 @@ class Lion(Optimizer):
         batch = Batch()
         for p in group["params"]:
             g = p.grad
-            if g is None and not (abstain and p.requires_grad):
+            if not (p.requires_grad if abstain else g is not None):
                 continue
             m = self._exp_avg(p, group)
             if p.is_complex():

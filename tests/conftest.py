@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from ranks import World
 
 from lion_kernels import _C, build_info, reference
+from ranks import World
 
 SIMD_LEVELS = build_info()["simd_levels"]
 

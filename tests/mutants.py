@@ -32,7 +32,7 @@ MUTANTS = [
     ("zero sent as +1", "csrc/lion_rows.h",
      "(zero & coins(ballot.coin_key, ballot.first_word + i))", "zero"),
     ("a tie is -1", "csrc/tally_rows.h",
-     "store_block(low + offset, tied, count)", "store_block(low + offset, Block{}, count)"),
+     "store_block(low, tied, count)", "store_block(low, Block{}, count)"),
     ("threshold off by one", "csrc/tally_rows.h", "rows.scale / 2,", "rows.scale / 2 + 1,"),
     ("last word dropped", "csrc/lion_rows.h", "if (rest == 0) return;", "return;"),
     ("padding left as it was", "csrc/lion_cpu.cpp", "end - begin, 0u);", "0, 0u);"),

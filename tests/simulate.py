@@ -4,8 +4,8 @@ Each `Rank` owns real buffers; where exchange.py calls a collective, this file c
 """
 
 import torch
-from common import lr_of, no_counts, step_of
 
+from common import lr_of, no_counts, step_of
 from lion_kernels.exchange import Buffers
 from lion_kernels.layout import BallotLayout
 

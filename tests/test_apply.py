@@ -1,11 +1,11 @@
 """Room 3, apply, on every back end, against the oracle."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from common import SIZES, STORAGE_DTYPES, array, bits_equal, generator, lr_of, stored
 
+import oracle
+from common import SIZES, STORAGE_DTYPES, array, bits_equal, generator, lr_of, stored
 from lion_kernels import reference
 from lion_kernels.layout import BallotLayout
 

@@ -1,9 +1,10 @@
 """Room 1, encode, on every back end, against the oracle."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
+
+import oracle
 from common import (
     SIZES,
     STORAGE_DTYPES,
@@ -16,7 +17,6 @@ from common import (
     stored,
     words,
 )
-
 from lion_kernels import reference
 from lion_kernels.layout import BallotLayout
 

@@ -3,14 +3,14 @@
 import itertools
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from common import array, exact, generator, words
-from simulate import SimulatedWorld
 
+import oracle
+from common import array, exact, generator, words
 from lion_kernels.exchange import Buffers, choose
 from lion_kernels.layout import BallotLayout
+from simulate import SimulatedWorld
 
 WORLDS = (1, 2, 3, 4, 5, 8, 16, 17, 64)
 OPTIONS = list(itertools.product(("majority", "average"), ("binary", "ternary"), ("zero", "coin")))

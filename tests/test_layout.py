@@ -1,11 +1,11 @@
 """Ballot layout, bit-exact: words, padding, chunks and flags against numpy.packbits."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from common import SIZES, generator, words
 
+import oracle
+from common import SIZES, generator, words
 from lion_kernels import reference
 from lion_kernels.layout import ALIGN_WORDS, BallotLayout, words_of
 

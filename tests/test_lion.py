@@ -5,11 +5,11 @@ import io
 import pickle
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from common import array, bits_equal, generator
 
+import oracle
+from common import array, bits_equal, generator
 from lion_kernels import Lion
 
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.3}

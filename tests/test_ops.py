@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from common import generator, lr_of, no_counts, step_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from common import generator, lr_of, no_counts, step_of
 from lion_kernels import _ops, reference
 
 ops = torch.ops.lion_kernels

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from common import bits_equal, lr_of, no_counts
 from simulate import SimulatedWorld
 

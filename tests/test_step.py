@@ -1,9 +1,10 @@
 """The fused pass of one device, lion_step, on every back end, against the oracle."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
+
+import oracle
 from common import (
     SIZES,
     STORAGE_DTYPES,
@@ -15,7 +16,6 @@ from common import (
     no_counts,
     stored,
 )
-
 from lion_kernels import _C, build_info
 
 LR, WD = 3e-3, 0.7

@@ -3,11 +3,11 @@
 import itertools
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from common import generator, step_of, words
 
+import oracle
+from common import generator, step_of, words
 from lion_kernels import reference
 
 SEED, STEP, FIRST_WORD = 9, 4, 1000

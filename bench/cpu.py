@@ -1,0 +1,385 @@
+"""The CPU bench: lion_kernels against its peers and against what the memory of this machine allows.
+
+Sections: `step`, one optimizer step on the 148 tensors of GPT-2 124M; `ops`, each op on one flat
+tensor against a plain loop with the same reads and writes; `tally`, the vote count against a copy;
+`memory`, the buffers of the vote. Each op is compared with lion_kernels.reference before it is
+timed. Ratios are medians of per-round ratios (timing.py says why). Timings are never asserted.
+"""
+
+import argparse
+import ctypes
+import importlib
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+import lion_kernels
+import timing
+from lion_kernels import reference
+from lion_kernels.exchange import Buffers
+from lion_kernels.layout import BallotLayout, words_of
+from timing import Case, Result
+
+OPS = torch.ops.lion_kernels
+SETTINGS = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.1}
+LR = torch.tensor(SETTINGS["lr"], dtype=torch.float64)
+SCALARS = (*SETTINGS["betas"], SETTINGS["weight_decay"])
+STEP = torch.zeros((), dtype=torch.int64)
+OURS, FUSED = "lion_kernels Lion", "torch AdamW, fused"
+
+
+def gpt2_shapes(width: int = 768, vocabulary: int = 50257, blocks: int = 12) -> list[list[int]]:
+    """The parameters of GPT-2 small: 148 tensors, 124.4M elements."""
+    shapes = [[vocabulary, width], [1024, width]]
+    for _ in range(blocks):
+        shapes += [[width], [width], [width, 3 * width], [3 * width], [width, width], [width]]
+        shapes += [[width], [width], [width, 4 * width], [4 * width], [4 * width, width], [width]]
+    return [*shapes, [width], [width]]
+
+
+def random_words(*shape: int) -> Tensor:
+    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32)
+
+
+def random_ballots(n: int, planes: int, words: int) -> Tensor:
+    """Ballots of fair votes; two planes hold 0, 1 or 2, never 3."""
+    ballots = random_words(n, planes, words)
+    if planes == 2:
+        ballots[:, 0] &= ~ballots[:, 1]
+    return ballots
+
+
+# Correct first: a kernel that differs from the reference has no time.
+
+
+def differs(op: str, args: list[object], written: list[Tensor]) -> bool:
+    """Whether the kernel writes anything else than the reference into ``written`` (among args)."""
+    before = [t.clone() for t in written]
+    getattr(OPS, op)(*args)
+    ours = [t.clone() for t in written]
+    for t, old in zip(written, before, strict=True):
+        t.copy_(old)
+    getattr(reference, op)(*args)
+    return not all(torch.equal(a, b) for a, b in zip(ours, written, strict=True))
+
+
+def check_elementwise(dtype: torch.dtype) -> list[str]:
+    """Names of the elementwise ops that are wrong on tensors of ragged sizes."""
+    sizes = (50_021, 1, 33, 4_096)
+    p, g, m = ([torch.randn(n).to(dtype) for n in sizes] for _ in range(3))
+    words, counter = sum(map(words_of, sizes)) + 3, torch.zeros(1, dtype=torch.int64)
+    wrong, presence = [], torch.tensor([[0b1101]], dtype=torch.int32)
+    for skip in (None, counter):
+        if differs("lion_step", [p, g, m, LR, *SCALARS, False, skip], [*p, *m, counter]):
+            wrong.append("lion_step")
+    for planes in (1, 2):
+        ballot = random_words(1, planes, words)
+        args = [g, m, ballot, *SETTINGS["betas"], False, 0, 1, STEP, counter]
+        if differs("encode", args, [*m, ballot, counter]):
+            wrong.append(f"encode, {planes} plane")
+        verdict = random_ballots(1, planes, words)
+        args = [p, verdict, presence, planes, LR, SETTINGS["weight_decay"]]
+        if differs("apply", args, p):
+            wrong.append(f"apply, {planes} plane")
+    return [f"{name}, {dtype}" for name in wrong]
+
+
+def check_counts() -> list[str]:
+    """Names of the counting ops that are wrong on ballots of a ragged length."""
+    wrong = []
+    for n, planes in ((1, 1), (4, 1), (8, 1), (8, 2), (11, 2), (64, 1)):
+        ballots, scale = random_ballots(n, planes, 1_003), n * planes
+        name = f"{n} ballots of {planes} plane"
+        out = random_words(scale.bit_length(), 1_003)
+        if differs("tally", [ballots, out, scale], [out]):
+            wrong.append(f"tally, {name}")
+        for verdict_planes in (1, 2) if scale % 2 == 0 else (1,):
+            out = random_words(verdict_planes, 1_003)
+            if differs("elect", [ballots, out, scale, 5, 0, STEP], [out]):
+                wrong.append(f"elect to {verdict_planes}, {name}")
+    return wrong
+
+
+def check_optimizer() -> list[str]:
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (10_007, 1, 33)]
+    copies, momenta = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params]
+    optimizer = lion_kernels.Lion(params, **SETTINGS)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        grads = [p.grad for p in params]
+        reference.lion_step(copies, grads, momenta, LR, *SCALARS, False, None)
+    same = all(torch.equal(p, c) for p, c in zip(params, copies, strict=True))
+    return [] if same else ["Lion.step"]
+
+
+def check(sections: list[str]) -> None:
+    """Exit with a message where a result is wrong."""
+    wrong = check_optimizer() if "step" in sections else []
+    if "ops" in sections:
+        wrong += check_elementwise(torch.float32) + check_elementwise(torch.bfloat16)
+    if "tally" in sections:
+        wrong += check_counts()
+    if wrong:
+        sys.exit("wrong results, nothing was timed:\n  " + "\n  ".join(wrong))
+
+
+# Section step.
+
+
+def peers(params: list[Tensor]) -> tuple[dict[str, torch.optim.Optimizer], list[str]]:
+    """Every optimizer at hand on the same parameters, and the names of those that are missing."""
+    found = {OURS: lion_kernels.Lion(params, **SETTINGS)}
+    missing = []
+    for name, module in (
+        ("lion-pytorch Lion", "lion_pytorch"),
+        ("optimi Lion", "optimi"),
+        ("pytorch_optimizer Lion", "pytorch_optimizer"),
+        ("bitsandbytes Lion", "bitsandbytes.optim"),
+    ):
+        try:
+            found[name] = importlib.import_module(module).Lion(params, **SETTINGS)
+        except (ImportError, OSError):
+            missing.append(module.split(".")[0])
+    adamw = partial(torch.optim.AdamW, params, **SETTINGS)
+    found[FUSED] = adamw(fused=True)
+    found["torch AdamW, foreach"] = adamw(foreach=True)
+    return found, missing
+
+
+def step_section(rounds: int, warmup: int, quick: bool) -> list[Result]:
+    shapes = gpt2_shapes(*((96, 5_003) if quick else ()))
+    params = [torch.nn.Parameter(0.02 * torch.randn(shape)) for shape in shapes]
+    for p in params:
+        p.grad = 1e-3 * torch.randn_like(p)
+    n = sum(p.numel() for p in params)
+    # All update the same parameters from the same gradients: only their states take memory.
+    optimizers, missing = peers(params)
+    n_bytes = {OURS: 20 * n, FUSED: 28 * n}
+    targets = {"lion-pytorch Lion": 6.0, "optimi Lion": 3.0, FUSED: 1.0}
+    cases = [
+        Case(name, o.step, n_bytes.get(name, 0), "" if name == OURS else OURS, targets.get(name))
+        for name, o in optimizers.items()
+    ]
+    print(f"\nstep: GPT-2, {len(params)} fp32 tensors, {n / 1e6:.1f}M parameters")
+    results = timing.measure(cases, rounds, warmup, "step", timing.time_ratio)
+    print(timing.table(results, "ours = 1"))
+    print("bytes a parameter: Lion 20, fused AdamW 28; not counted for the others")
+    if missing:
+        print(f"not installed, left out: {', '.join(missing)}")
+    return results
+
+
+# Section ops.
+
+
+def elementwise_cases(plain: ctypes.CDLL, dtype: torch.dtype, n: int) -> list[Case]:
+    """Each op after its plain loop, on the same buffers."""
+    p, g, m = (torch.randn(n).to(dtype) for _ in range(3))
+    size, counter = p.element_size(), torch.zeros(1, dtype=torch.int64)
+    present = torch.ones(1, 4, dtype=torch.int32)
+    ballot, two_planes = (random_ballots(1, planes, words_of(n)) for planes in (1, 2))
+    suffix, kind = ("", "fp32") if dtype == torch.float32 else ("_bf16", "bf16")
+    pointer, count = (lambda t: ctypes.c_void_p(t.data_ptr())), ctypes.c_int64(n)
+    betas, decay = SETTINGS["betas"], SETTINGS["weight_decay"]
+    cases = []
+
+    def pair(name: str, op: Callable, args: tuple, loop: str, on: list[Tensor], planes: int):
+        # A plane of bits is one eighth of a byte an element; the plain loop has none.
+        loop_bytes = {"read3_write2": 5, "read2_write1": 3, "read1_write1": 2}[loop] * size * n
+        call = partial(getattr(plain, loop + suffix), *map(pointer, on), count)
+        loop_name = f"plain {loop}, {kind}"
+        if all(case.name != loop_name for case in cases):
+            # The tensors go along: the pointers alone would not keep them.
+            cases.append(Case(loop_name, lambda call=call, on=on: call(), loop_bytes))
+        n_bytes = loop_bytes + planes * n // 8
+        cases.append(Case(f"{name}, {kind}", partial(op, *args), n_bytes, loop_name, 0.85))
+
+    step_args = ([p], [g], [m], LR, *SCALARS, False, None)
+    pair("lion_step", OPS.lion_step, step_args, "read3_write2", [p, g, m], 0)
+    encode_args = ([g], [m], ballot, *betas, False, 0, 0, STEP, counter)
+    pair("encode", OPS.encode, encode_args, "read2_write1", [g, m], 1)
+    for planes, verdict in ((1, ballot), (2, two_planes)):
+        args = ([p], verdict, present, planes, LR, decay)
+        pair(f"apply, {planes} plane", OPS.apply, args, "read1_write1", [p], planes)
+    return cases
+
+
+def ops_section(rounds: int, warmup: int, quick: bool) -> list[Result]:
+    n, plain, results = 1_000_000 if quick else 64_000_000, timing.load_ceiling(), []
+    print(f"\nops: one flat tensor of {n / 1e6:.0f}M elements")
+    for dtype in (torch.float32, torch.bfloat16):
+        cases = elementwise_cases(plain, dtype, n)
+        results += timing.measure(cases, rounds, warmup, "ops", timing.rate_ratio)
+    print(timing.table(results, "of plain loop"))
+    print("bytes an element: read plus written, one eighth for each plane of bits")
+    return results
+
+
+# Section tally.
+
+
+def count_cases(plain: ctypes.CDLL, n: int, planes: int, words: int) -> list[Case]:
+    """tally and elect of n ballots after a copy that reads and writes as many bytes as tally."""
+    ballots, scale = random_ballots(n, planes, words), n * planes
+    tally, verdict = random_words(scale.bit_length(), words), random_words(2, words)
+    coin = random_words(1, words)
+    total = ballots.nbytes + tally.nbytes
+    scratch = random_words(total // 8)
+    args = (ctypes.c_void_p(ballots.data_ptr()), ctypes.c_void_p(scratch.data_ptr()))
+    kind = f"N={n} {'binary' if planes == 1 else 'ternary'}"
+    if words & (words - 1) == 0:
+        kind += f", stride 2^{words.bit_length() - 1} words"
+    copy = f"plain copy, {kind}"
+
+    def run_copy(keep=(ballots, scratch)) -> None:
+        plain.copy(*args, ctypes.c_int64(total // 8))
+
+    cases = [Case(copy, run_copy, total // 8 * 8)]
+    for name, op, out, rest in (
+        ("tally", OPS.tally, tally, ()),
+        ("elect", OPS.elect, verdict, (0, 0, STEP)),
+        ("elect with coins", OPS.elect, coin, (0, 0, STEP)),
+    ):
+        call = partial(op, ballots, out, scale, *rest)
+        n_bytes, target = ballots.nbytes + out.nbytes, 0.7 if n == 8 else None
+        cases.append(Case(f"{name}, {kind}", call, n_bytes, copy, target))
+    return cases
+
+
+def tally_section(rounds: int, warmup: int, quick: bool) -> list[Result]:
+    plain, results = timing.load_ceiling(), []
+    shrink = 64 if quick else 1
+    print(f"\ntally: {128 // shrink} MB of ballots")
+    for n, planes, words in (
+        (8, 1, 4_000_000),
+        (8, 1, 2**22),
+        (8, 2, 2_000_000),
+        (64, 1, 500_000),
+        (64, 1, 2**19),
+    ):
+        cases = count_cases(plain, n, planes, words // shrink // 4 * 4)
+        results += timing.measure(cases, rounds, warmup, "tally", timing.rate_ratio)
+    print(timing.table(results, "of copy"))
+    print("bytes: ballots read plus planes written; the copy counts what it reads and writes")
+    return results
+
+
+# Section memory.
+
+
+def memory_section() -> list[dict[str, object]]:
+    """Buffers of DistributedLion for GPT-2: sharded, majority, binary ballots."""
+    numels = tuple(torch.Size(shape).numel() for shape in gpt2_shapes())
+    rows = []
+    for world_size in (4, 8):
+        for ties, verdict_planes in (("zero", 2), ("coin", 1)):
+            layout = BallotLayout(numels, planes=1, shards=world_size)
+            # On the meta device the storages have a size and no memory.
+            buffers = Buffers.allocate(layout, verdict_planes, world_size, torch.device("meta"))
+            tensors = (t for t in vars(buffers).values() if isinstance(t, Tensor))
+            storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+            per_parameter = sum(storages.values()) / sum(numels)
+            rows.append(
+                {
+                    "case": f"N={world_size}, ties={ties}",
+                    "bytes": sum(storages.values()),
+                    "bytes_per_parameter": round(per_parameter, 4),
+                    "target": 0.5,
+                    "reached": per_parameter <= 0.5,
+                }
+            )
+    print("\nmemory: buffers of DistributedLion beside the momentum, GPT-2 124M, one rank")
+    headers = ["case", "MB", "bytes a parameter", "target", "reached"]
+    body = [
+        [
+            r["case"],
+            f"{r['bytes'] / 1e6:.1f}",
+            f"{r['bytes_per_parameter']:.4f}",
+            f"<= {r['target']}",
+            "yes" if r["reached"] else "NO",
+        ]
+        for r in rows
+    ]
+    print(tabulate(body, headers, disable_numparse=True, colalign=["left"] + ["right"] * 4))
+    return rows
+
+
+def plot(results: list[Result], head: dict[str, object], path: str) -> None:
+    """Write the step section as a bar chart, the fastest on top."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ordered = sorted(results, key=lambda r: r.ms[0])
+    figure, axes = pyplot.subplots(figsize=(7.2, 0.42 * len(ordered) + 0.9))
+    colors = ["#0072B2" if r.case.name == OURS else "#A6A6A6" for r in ordered]
+    bars = axes.barh([r.case.name for r in ordered], [r.ms[0] for r in ordered], color=colors)
+    axes.bar_label(bars, [f"{r.ms[0]:.0f} ms" for r in ordered], padding=4)
+    axes.invert_yaxis()
+    axes.set_title(
+        f"One step, GPT-2 124M in fp32, {head['threads']} cores of {head['cpu']}",
+        loc="left",
+        fontsize=11,
+    )
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(left=False, bottom=False, labelbottom=False)
+    figure.savefig(path, dpi=160, bbox_inches="tight")
+
+
+SECTIONS = ("step", "ops", "tally", "memory")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=21, help="timed rounds (default 21)")
+    parser.add_argument("--warmup", type=int, default=3, help="dropped rounds before (default 3)")
+    parser.add_argument("--quick", action="store_true", help="small sizes: does it run at all")
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections (default: all)"
+    )
+    parser.add_argument(
+        "--save", action="store_true", help="write bench/results/cpu-<model>-<date>.json"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw the section step as a bar chart")
+    args = parser.parse_args()
+    if args.rounds < 2 or args.warmup < 0:
+        parser.error("--rounds must be at least 2, --warmup at least 0")
+    if args.plot and "step" not in args.only:
+        parser.error("--plot draws the section step, which --only leaves out")
+    if args.quick and (args.plot or args.save):
+        parser.error("--quick times nothing worth keeping: leave out --plot and --save")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    torch.manual_seed(0)
+    check(args.only)
+    head = timing.header()
+    print(", ".join(f"{key} {value}" for key, value in head.items()))
+    how = (args.rounds, args.warmup, args.quick)
+    sections: dict[str, object] = {}
+    if "step" in args.only:
+        results = step_section(*how)
+        sections["step"] = timing.rows_of(results)
+        if args.plot:
+            plot(results, head, args.plot)
+    if "ops" in args.only:
+        sections["ops"] = timing.rows_of(ops_section(*how))
+    if "tally" in args.only:
+        sections["tally"] = timing.rows_of(tally_section(*how))
+    if "memory" in args.only:
+        sections["memory"] = memory_section()
+    if args.save:
+        print(f"\nwrote {timing.save(head, sections).relative_to(timing.ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
