@@ -28,7 +28,8 @@ endif
 
 train: $(BUILT)
 	@ranks=$$($(RUN) -c "import torch; print(torch.cuda.device_count() or 4)") && \
-	  PYTHONPATH=. $(RUN) -m torch.distributed.run --standalone --nproc-per-node $$ranks \
+	  PYTHONPATH=. OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	  $(RUN) -m torch.distributed.run --standalone --nproc-per-node $$ranks \
 	  examples/train_bytes.py $(ARGS)
 
 test: $(BUILT)

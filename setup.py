@@ -75,6 +75,7 @@ setup(
             extra_compile_args={
                 "cxx": [
                     "-O3",
+                    "-g0",
                     "-fopenmp",
                     "-ffp-contract=off",
                     "-Wno-psabi",
