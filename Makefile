@@ -18,7 +18,7 @@ endif
 SOURCES := setup.py lion_kernels/_version.py $(wildcard csrc/*)
 BUILT := build/.built
 
-.PHONY: train test lint format bench mutants clean
+.PHONY: train test lint format bench mutants clean built
 .DELETE_ON_ERROR:
 
 # The library in the tree belongs to one interpreter: another one builds its own.
@@ -26,13 +26,13 @@ ifneq ($(shell cat $(BUILT) 2>/dev/null),$(RUN))
   .PHONY: $(BUILT)
 endif
 
-train: $(BUILT)
+train: built
 	@ranks=$$($(RUN) -c "import torch; print(torch.cuda.device_count() or 4)") && \
 	  PYTHONPATH=. OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 	  $(RUN) -m torch.distributed.run --standalone --nproc-per-node $$ranks \
 	  examples/train_bytes.py $(ARGS)
 
-test: $(BUILT)
+test: built
 	@PYTHONPATH=. $(RUN) -m pytest $(ARGS)
 
 lint: $(ENV)
@@ -46,15 +46,19 @@ format: $(ENV)
 	@$(RUN) -m ruff format .
 	@$(RUN) -c "import clang_format; clang_format.clang_format()" -i csrc/*.cpp csrc/*.h bench/*.cpp
 
-bench: $(BUILT)
+bench: built
 	@PYTHONPATH=. $(RUN) bench/cpu.py $(ARGS)
 
 # Breaks a copy of the library on purpose, again and again; every break must fail a test.
-mutants: $(BUILT)
+mutants: built
 	@PYTHONPATH=. $(RUN) tests/mutants.py $(ARGS)
 
 clean:
 	rm -rf build *.egg-info lion_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# A second make, because installing into .venv builds the library too.
+built: $(ENV)
+	@$(MAKE) --no-print-directory -s $(BUILT)
 
 $(BUILT): $(ENV) $(SOURCES)
 	@mkdir -p build
@@ -64,8 +68,10 @@ $(BUILT): $(ENV) $(SOURCES)
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'lion_kernels needs Python 3.10 or newer, got ' + sys.version.split()[0])"
-	@echo "creating .venv (torch and what the tests and the example need) ..."
+	@command -v $${CXX:-c++} > /dev/null || { echo "lion_kernels needs a C++ compiler, and $${CXX:-c++} is not there: install g++ or set CXX"; exit 1; }
+	@echo "creating .venv and building into it (some minutes, once) ..."
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install -q torch==2.13.0 'setuptools>=77' wheel pybind11 ninja numpy
 	@.venv/bin/python -m pip install -q --no-build-isolation -e '.[train,dev,bench]' torch==2.13.0
 	@touch $@
+	@mkdir -p build && printf '%s' '.venv/bin/python' > $(BUILT)
