@@ -5,6 +5,13 @@
 
 constexpr int kVecs = kBitsPerWord / Vec::kLanes;  // vectors a ballot word
 
+// Stores one word's elements. The bf16 form of a level that can round two vectors together is in
+// simd.h.
+template <class T>
+inline void store_word(T* x, const Vec (&a)[kVecs]) {
+  for (int j = 0; j < kVecs; ++j) store(x + j * Vec::kLanes, a[j]);
+}
+
 struct Moments {
   Vec beta1, one_minus_beta1, beta2, one_minus_beta2;
   explicit Moments(const LionScalars& s)
@@ -45,19 +52,20 @@ int64_t encode_row(const void* g_data, void* m_data, int64_t n, const LionScalar
       n,
       [&](int64_t i, uint32_t valid, const G* g_word, M* m_word) {
         uint32_t plus = 0, minus = 0;
+        Vec next[kVecs];
         for (int j = 0; j < kVecs; ++j) {
           const Vec g = load(g_word + j * Vec::kLanes), m = load(m_word + j * Vec::kLanes);
           const Vec c = moments.update(g, m);
           const uint32_t ok = finite(c);
-          Vec next = moments.next(g, m);
+          next[j] = moments.next(g, m);
           if (ok != kAllLanes) {
-            next = select(ok, next, m);
+            next[j] = select(ok, next[j], m);
             nonfinite += __builtin_popcount(kAllLanes & ~ok);
           }
-          store(m_word + j * Vec::kLanes, next);
           plus |= (positive(c) & ok) << (j * Vec::kLanes);
           minus |= (negative(c) & ok) << (j * Vec::kLanes);
         }
+        store_word(m_word, next);
         const uint32_t zero = valid & ~(plus | minus);
         if (ballot.plane1 != nullptr) {
           ballot.plane0[i] = zero;
@@ -81,25 +89,26 @@ int64_t step_row(void* p_data, const void* g_data, void* m_data, int64_t n,
   for_each_word(
       n,
       [&](int64_t, uint32_t, P* p_word, const P* g_word, M* m_word) {
+        Vec next_p[kVecs], next_m[kVecs];
         for (int j = 0; j < kVecs; ++j) {
           const Vec p = load(p_word + j * Vec::kLanes);
           const Vec g = load(g_word + j * Vec::kLanes), m = load(m_word + j * Vec::kLanes);
           const Vec c = moments.update(g, m);
           // Neither above nor below 0: a zero, or a NaN that must stay visible.
           const Vec sign = select(positive(c), one, select(negative(c), minus_one, c));
-          Vec next_p = fms(p, decay, multiply(lr, sign));
-          Vec next_m = moments.next(g, m);
+          next_p[j] = fms(p, decay, multiply(lr, sign));
+          next_m[j] = moments.next(g, m);
           if constexpr (kSkipNonfinite) {
             const uint32_t ok = finite(c);
             if (ok != kAllLanes) {
-              next_p = select(ok, next_p, p);
-              next_m = select(ok, next_m, m);
+              next_p[j] = select(ok, next_p[j], p);
+              next_m[j] = select(ok, next_m[j], m);
               nonfinite += __builtin_popcount(kAllLanes & ~ok);
             }
           }
-          store(p_word + j * Vec::kLanes, next_p);
-          store(m_word + j * Vec::kLanes, next_m);
         }
+        store_word(p_word, next_p);
+        store_word(m_word, next_m);
       },
       static_cast<P*>(p_data), static_cast<const P*>(g_data), static_cast<M*>(m_data));
   return nonfinite;
@@ -124,8 +133,9 @@ void apply_planes(P* p_data, int64_t n, const VerdictRun& verdict) {
         }
         for (int j = 0; j < kVecs; ++j) {
           const Vec p = load(p_word + j * Vec::kLanes);
-          store(p_word + j * Vec::kLanes, fms(p, decay, multiply(step_size, sum[j])));
+          sum[j] = fms(p, decay, multiply(step_size, sum[j]));
         }
+        store_word(p_word, sum);
       },
       p_data);
 }

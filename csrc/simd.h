@@ -39,14 +39,28 @@ inline Vec load(const F16* x) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)))};
 }
 inline void store(float* x, Vec a) { _mm512_storeu_ps(x, a.v); }
-inline void store(BF16* x, Vec a) {
-  const __m512i bits = _mm512_castps_si512(a.v);
+// bf16 in the upper halves of the lanes, rounded to nearest even; NaN is not told apart.
+inline __m512i round_to_bf16(__m512 a) {
+  const __m512i bits = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(x),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+}
+inline __m512i keep_nan(__m512i rounded, __m512 a) {
+  const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+}
+// 32 at once: one look for NaN, one permutation and one store for two vectors. Per vector, the
+// conversion bound the bf16 kernels instead of the memory.
+inline void store_word(BF16* x, const Vec (&a)[2]) {
+  __m512i low = round_to_bf16(a[0].v), high = round_to_bf16(a[1].v);
+  if (_mm512_cmp_ps_mask(a[0].v, a[1].v, _CMP_UNORD_Q) != 0) {
+    low = keep_nan(low, a[0].v);
+    high = keep_nan(high, a[1].v);
+  }
+  const __m512i upper_halves =
+      _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                       25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  _mm512_storeu_si512(x, _mm512_permutex2var_epi16(low, upper_halves, high));
 }
 inline void store(F16* x, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(x),

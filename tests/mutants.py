@@ -36,7 +36,7 @@ MUTANTS = [
     ("threshold off by one", "csrc/tally_rows.h", "rows.scale / 2,", "rows.scale / 2 + 1,"),
     ("last word dropped", "csrc/lion_rows.h", "if (rest == 0) return;", "return;"),
     ("padding left as it was", "csrc/lion_cpu.cpp", "end - begin, 0u);", "0, 0u);"),
-    ("non-finite reaches the momentum", "csrc/lion_rows.h", "next = select(ok, next, m);", ""),
+    ("non-finite reaches the momentum", "csrc/lion_rows.h", "next[j] = select(ok, next[j], m);", ""),
     ("NaN hidden", "csrc/lion_rows.h", "minus_one, c));", "minus_one, fill(0.0f)));"),
     ("bf16 truncates", "csrc/simd.h", "_mm512_set1_epi32(0x7fff)", "_mm512_set1_epi32(0)"),
     ("portable fma rounds twice", "csrc/simd.h", "| inexact;", ";"),
