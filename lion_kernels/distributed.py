@@ -195,14 +195,10 @@ class DistributedLion(Lion):
             labels += [self._label(group, i) for i in range(len(group["params"]))]
         compare_parameters(params, labels, self._group)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> float | None:  # type: ignore[override]
-        """Vote and update, on every rank of the group; returns the closure's loss."""
-        loss = super().step(closure)
+    def _after_step(self) -> None:
         self._steps += 1
         if self._check_every and self._steps % self._check_every == 0:
             self.verify_replicas()
-        return loss
 
     def _step_group(self, group: dict[str, Any], nonfinite: Tensor | None = None) -> None:
         if not group["params"]:

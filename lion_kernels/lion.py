@@ -226,7 +226,12 @@ class Lion(Optimizer):
         self._check()
         for group in self.param_groups:
             self._step_group(group)
+        self._after_step()
         return loss
+
+    def _after_step(self) -> None:
+        """What a subclass does at the end of a step. It must not override step itself: torch wraps
+        step once a class, and hooks would run once for each wrapped one."""
 
     def _step_group(self, group: dict[str, Any], nonfinite: Tensor | None = None) -> None:
         batch = self._batch(group)

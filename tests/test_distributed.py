@@ -396,6 +396,21 @@ def test_groups_may_be_added_and_parameters_frozen(worlds):
         assert text.startswith("ranks disagree on the shape of parameter 0 of group 2: (3,) on")
 
 
+def count_hooks(rank):
+    calls = []
+    Lion(parameters())  # torch wraps Lion.step when the first Lion is made
+    opt = DistributedLion(parameters(), **HYPER)
+    opt.register_step_pre_hook(lambda *_: calls.append("pre"))
+    opt.register_step_post_hook(lambda *_: calls.append("post"))
+    set_gradients(opt.param_groups[0]["params"], rank, 0)
+    opt.step()
+    return calls
+
+
+def test_step_hooks_run_once(worlds):
+    assert worlds(2).run(count_hooks) == [["pre", "post"]] * 2
+
+
 def train_under_ddp(rank):
     from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 
