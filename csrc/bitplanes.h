@@ -20,20 +20,23 @@ constexpr int kBitsPerWord = 32;
 // Tallies up to scale 2^16 - 1: 1024 ranks with ternary ballots need 12.
 constexpr int kMaxPlanes = 16;
 
-// a + b + c per bit: returns the sum, leaves the carry (5 operations).
+// a + b + c per bit (5 operations). `sum` may be one of the operands. Words go by reference: Clang
+// refuses vectors by value between functions of different targets.
 template <class Word>
-LION_HOST_DEVICE Word full_add(const Word& a, const Word& b, const Word& c, Word& carry) {
+LION_HOST_DEVICE void full_add(const Word& a, const Word& b, const Word& c, Word& sum,
+                               Word& carry) {
   const Word half = a ^ b;
   carry = (a & b) | (half & c);
-  return half ^ c;
+  sum = half ^ c;
 }
 
 // Adds one bit of weight 2^level to the integers in planes[0 .. n_planes).
 template <class Word, int kSize>
-LION_HOST_DEVICE void add_bit(Word (&planes)[kSize], int n_planes, int level, Word bit) {
+LION_HOST_DEVICE void add_bit(Word (&planes)[kSize], int n_planes, int level, const Word& bit) {
+  Word carry = bit;
   for (int b = level; b < n_planes; ++b) {
-    const Word sum = planes[b] ^ bit;
-    bit = planes[b] & bit;
+    const Word sum = planes[b] ^ carry;
+    carry = planes[b] & carry;
     planes[b] = sum;
   }
 }
@@ -48,13 +51,13 @@ LION_HOST_DEVICE void add_eight_bits(Word (&planes)[kSize], int n_planes, int le
   Word twos = level + 1 < n_planes ? planes[level + 1] : Word{};
   Word fours = level + 2 < n_planes ? planes[level + 2] : Word{};
   Word two_a, two_b, four_a, four_b, eight;
-  ones = full_add(ones, bits[0], bits[1], two_a);
-  ones = full_add(ones, bits[2], bits[3], two_b);
-  twos = full_add(twos, two_a, two_b, four_a);
-  ones = full_add(ones, bits[4], bits[5], two_a);
-  ones = full_add(ones, bits[6], bits[7], two_b);
-  twos = full_add(twos, two_a, two_b, four_b);
-  fours = full_add(fours, four_a, four_b, eight);
+  full_add(ones, bits[0], bits[1], ones, two_a);
+  full_add(ones, bits[2], bits[3], ones, two_b);
+  full_add(twos, two_a, two_b, twos, four_a);
+  full_add(ones, bits[4], bits[5], ones, two_a);
+  full_add(ones, bits[6], bits[7], ones, two_b);
+  full_add(twos, two_a, two_b, twos, four_b);
+  full_add(fours, four_a, four_b, fours, eight);
   planes[level] = ones;
   if (level + 1 < n_planes) planes[level + 1] = twos;
   if (level + 2 < n_planes) planes[level + 2] = fours;
