@@ -216,6 +216,7 @@ class Lion(Optimizer):
             batch.exp_avgs.append(m)
         return batch
 
+    # torch declares step as two overloads; one signature that serves both is no override to mypy.
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters that have a gradient; returns the closure's loss."""
