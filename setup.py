@@ -39,23 +39,25 @@ def version() -> str:
     return scope["__version__"]
 
 
-def cuda_sources() -> list[str]:
-    """The .cu files to build: none unless torch has CUDA and nvcc is there; no GPU is needed."""
+def sources() -> tuple[list[str], list[str]]:
+    """C++ sources, and CUDA's: none unless torch has CUDA and nvcc is there; no GPU is needed."""
     wanted = os.environ.get("LION_KERNELS_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"LION_KERNELS_CUDA must be 0 or 1, got {wanted!r}")
-    sources = sorted(str(path.relative_to(ROOT)) for path in CSRC.glob("*.cu"))
-    possible = bool(sources) and torch.version.cuda and cpp_extension.CUDA_HOME
+    cuda = sorted([*CSRC.glob("*.cu"), *CSRC.glob("*_cuda.cpp")])
+    cpp = sorted(set(CSRC.glob("*.cpp")) - set(cuda))
+    possible = torch.version.cuda and cpp_extension.CUDA_HOME
     if wanted == "1" and not possible:
         sys.exit(
             "LION_KERNELS_CUDA=1, but CUDA cannot be built: "
-            f"CUDA sources: {len(sources)}, CUDA of torch: {torch.version.cuda}, "
-            f"CUDA_HOME: {cpp_extension.CUDA_HOME}"
+            f"CUDA of torch: {torch.version.cuda}, CUDA_HOME: {cpp_extension.CUDA_HOME}"
         )
-    return sources if possible and wanted != "0" else []
+    if not possible or wanted == "0":
+        cuda = []
+    return [str(p.relative_to(ROOT)) for p in cpp], [str(p.relative_to(ROOT)) for p in cuda]
 
 
-cu = cuda_sources()
+cpp, cu = sources()
 archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0") if cu else ""
 if cu:
     os.environ["TORCH_CUDA_ARCH_LIST"] = archs
@@ -65,7 +67,7 @@ setup(
     ext_modules=[
         Extension(
             "lion_kernels._C",
-            sorted(str(path.relative_to(ROOT)) for path in CSRC.glob("*.cpp")) + cu,
+            cpp + cu,
             depends=sorted(str(path) for path in CSRC.glob("*.h")),
             define_macros=[
                 ("LION_KERNELS_VERSION", f'"{version()}"'),
@@ -81,7 +83,8 @@ setup(
                     "-Wno-psabi",
                     "-Wno-maybe-uninitialized",
                 ],
-                "nvcc": ["-O3"],
+                # -lineinfo names source lines in profiles and changes no instruction.
+                "nvcc": ["-O3", "-lineinfo", "-Wno-deprecated-gpu-targets", "-Werror=all-warnings"],
             },
             extra_link_args=["-fopenmp"],
         )

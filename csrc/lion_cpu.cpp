@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 
 #include "coin.h"
 #include "cpu.h"
@@ -14,13 +15,29 @@
 namespace lion {
 namespace {
 
-LionScalars scalars_of(double beta1, double beta2, double lr, double weight_decay, bool maximize) {
+// The optional scalar of a torch.amp.GradScaler, or what its absence means.
+double amp_scalar(const std::optional<at::Tensor>& tensor, const char* name, double absent) {
+  if (!tensor.has_value()) return absent;
+  TORCH_CHECK_VALUE(tensor->scalar_type() == at::kFloat, name, " must be float32, got ",
+                    tensor->scalar_type());
+  return scalar_value(*tensor, name);
+}
+
+bool is_set(const std::optional<at::Tensor>& found_inf) {
+  return amp_scalar(found_inf, "found_inf", 0.0) != 0.0;
+}
+
+// The complements of the betas are what gradients are multiplied by: maximize and grad_scale go
+// into them.
+LionScalars scalars_of(double beta1, double beta2, double lr, double weight_decay, bool maximize,
+                       const std::optional<at::Tensor>& grad_scale) {
   const double sign = maximize ? -1.0 : 1.0;
+  const auto scale = static_cast<float>(amp_scalar(grad_scale, "grad_scale", 1.0));
   LionScalars s;
   s.beta1 = static_cast<float>(beta1);
-  s.one_minus_beta1 = static_cast<float>(sign * (1.0 - beta1));
+  s.one_minus_beta1 = static_cast<float>(sign * (1.0 - beta1)) / scale;
   s.beta2 = static_cast<float>(beta2);
-  s.one_minus_beta2 = static_cast<float>(sign * (1.0 - beta2));
+  s.one_minus_beta2 = static_cast<float>(sign * (1.0 - beta2)) / scale;
   s.lr = static_cast<float>(lr);
   s.decay = static_cast<float>(1.0 - lr * weight_decay);
   return s;
@@ -98,6 +115,11 @@ void check_exp_avg(const at::Tensor& exp_avg, int64_t i, const at::Tensor& like)
   check_dense(exp_avg, "exp_avgs", i, &like);
 }
 
+void check_flags(const at::Tensor& flags, const char* name, size_t n_tensors) {
+  TORCH_CHECK_VALUE(words_of(static_cast<int64_t>(n_tensors)) <= flags.size(1), name, " has ",
+                    flags.size(1) * kBitsPerWord, " flags, got ", n_tensors, " tensors");
+}
+
 void check_room(int64_t n_words, const at::Tensor& planes, const char* name) {
   TORCH_CHECK_VALUE(n_words <= planes.size(0) * planes.size(2), name, " of shape ", planes.sizes(),
                     " has room for ", planes.size(0) * planes.size(2),
@@ -106,7 +128,9 @@ void check_room(int64_t n_words, const at::Tensor& planes, const char* name) {
 
 void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                const at::Tensor& lr, double beta1, double beta2, double weight_decay, bool maximize,
-               const std::optional<at::Tensor>& nonfinite) {
+               const std::optional<at::Tensor>& nonfinite,
+               const std::optional<at::Tensor>& grad_scale,
+               const std::optional<at::Tensor>& found_inf) {
   TORCH_CHECK_VALUE(params.size() == grads.size() && params.size() == exp_avgs.size(),
                     "params, grads and exp_avgs must have equal lengths, got ", params.size(), ", ",
                     grads.size(), " and ", exp_avgs.size());
@@ -128,7 +152,8 @@ void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_a
     space.append(p.numel());
   }
   const LionScalars scalars =
-      scalars_of(beta1, beta2, scalar_value(lr, "lr"), weight_decay, maximize);
+      scalars_of(beta1, beta2, scalar_value(lr, "lr"), weight_decay, maximize, grad_scale);
+  if (is_set(found_inf)) return;
   const auto& kernels = rows().step[nonfinite.has_value()];
   std::atomic<int64_t> skipped{0};
   space.for_each_run([&](size_t t, int64_t begin, int64_t end) {
@@ -144,8 +169,10 @@ void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_a
 }
 
 void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList exp_avgs,
-            const at::Tensor& ballot, double beta1, double beta2, bool maximize, int64_t seed,
-            int64_t rank, const at::Tensor& step, const at::Tensor& nonfinite) {
+            const at::Tensor& ballot, const at::Tensor& flags, double beta1, double beta2,
+            bool maximize, int64_t seed, int64_t rank, const at::Tensor& step,
+            const at::Tensor& nonfinite, const std::optional<at::Tensor>& grad_scale,
+            const std::optional<at::Tensor>& found_inf) {
   TORCH_CHECK_VALUE(grads.size() == exp_avgs.size(),
                     "grads and exp_avgs must have equal lengths, got ", grads.size(), " and ",
                     exp_avgs.size());
@@ -155,6 +182,7 @@ void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList ex
   WordSpace space;
   std::vector<Item> items;
   items.reserve(exp_avgs.size());
+  std::vector<uint32_t> present(static_cast<size_t>(words_of(exp_avgs.size())), 0u);
   for (size_t i = 0; i < exp_avgs.size(); ++i) {
     const at::Tensor& m = exp_avgs[i];
     const auto index = static_cast<int64_t>(i);
@@ -175,15 +203,21 @@ void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList ex
       item.grad = g->const_data_ptr();
       item.dtype = dtype_of(*g, "grads", index);
       item.data_size = static_cast<int64_t>(g->element_size());
+      present[i / kBitsPerWord] |= 1u << (i % kBitsPerWord);
     }
     items.push_back(item);
     space.append(m.numel());
   }
   check_room(space.n_words(), ballot, "ballot");
+  check_planes(flags, "flags", 2);
+  TORCH_CHECK_VALUE(flags.size(0) == ballot.size(0), "flags must have a row for each of ",
+                    ballot.size(0), " shards, got ", flags.size(0));
+  check_flags(flags, "flags", exp_avgs.size());
 
   const bool ternary = ballot.size(1) == 2;
   const uint64_t key = coin_key(seed, rank, static_cast<int64_t>(scalar_value(step, "step")));
-  const LionScalars scalars = scalars_of(beta1, beta2, 0.0, 0.0, maximize);
+  const LionScalars scalars = scalars_of(beta1, beta2, 0.0, 0.0, maximize, grad_scale);
+  if (is_set(found_inf)) return;
   auto* words = reinterpret_cast<uint32_t*>(ballot.data_ptr<int32_t>());
   const int64_t words_per_shard = ballot.size(2);
   const int64_t shard_stride = ballot.stride(0), plane_stride = ballot.stride(1);
@@ -214,19 +248,22 @@ void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList ex
                      std::fill_n(words + shard * shard_stride + b * plane_stride + word,
                                  end - begin, 0u);
                  });
+  present.resize(static_cast<size_t>(flags.size(1)), 0u);
+  for (int64_t shard = 0; shard < flags.size(0); ++shard)
+    std::memcpy(flags.data_ptr<int32_t>() + shard * flags.stride(0), present.data(),
+                present.size() * sizeof(uint32_t));
   if (skipped != 0) nonfinite.add_(skipped.load());
 }
 
 void apply(at::TensorList params, const at::Tensor& verdict, const at::Tensor& presence,
-           int64_t scale, const at::Tensor& lr, double weight_decay) {
+           int64_t scale, const at::Tensor& lr, double weight_decay, const at::Tensor& step,
+           const std::optional<at::Tensor>& found_inf) {
   check_planes(verdict, "verdict", 3);
   check_planes(presence, "presence", 2);
   TORCH_CHECK_VALUE(verdict.size(1) >= 1 && verdict.size(1) <= kMaxPlanes,
                     "verdict must have 1 to ", kMaxPlanes, " planes, got ", verdict.size(1));
   TORCH_CHECK_VALUE(scale >= 1, "scale must be at least 1, got ", scale);
-  TORCH_CHECK_VALUE(words_of(static_cast<int64_t>(params.size())) <= presence.size(1),
-                    "presence of shape ", presence.sizes(), " has no flag for each of ",
-                    params.size(), " tensors");
+  check_flags(presence, "presence", params.size());
   WordSpace space;
   std::vector<Item> items;
   items.reserve(params.size());
@@ -246,12 +283,14 @@ void apply(at::TensorList params, const at::Tensor& verdict, const at::Tensor& p
   check_room(space.n_words(), verdict, "verdict");
 
   const double lr_value = scalar_value(lr, "lr");
+  TORCH_CHECK_VALUE(step.numel() == 1, "step must have one element, got shape ", step.sizes());
+  if (is_set(found_inf)) return;
   const auto* words = reinterpret_cast<const uint32_t*>(verdict.const_data_ptr<int32_t>());
   VerdictRun shape{nullptr,
                    verdict.stride(1),
                    static_cast<int>(verdict.size(1)),
                    static_cast<float>(scale),
-                   static_cast<float>(lr_value / static_cast<double>(scale)),
+                   static_cast<float>(lr_value * (1.0 / static_cast<double>(scale))),
                    static_cast<float>(1.0 - lr_value * weight_decay)};
   const RowKernels& kernels = rows();
   space.for_each_run([&](size_t t, int64_t first, int64_t last) {
@@ -265,6 +304,7 @@ void apply(at::TensorList params, const at::Tensor& verdict, const at::Tensor& p
           kernels.apply[item.dtype](advance(item.data, s.offset * item.data_size), s.count, run);
         });
   });
+  step.add_(1);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 parameter. Importing compiles nothing and starts no device.
 """
 
+from lion_kernels import kernels as kernels
 from lion_kernels._ops import build_info
 from lion_kernels._version import __version__
 from lion_kernels.distributed import DistributedLion

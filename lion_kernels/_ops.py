@@ -21,22 +21,27 @@ try:
 except ImportError as error:
     _load_error = error
 
+# Where an op takes them: `grad_scale`, float32 (1,), divides the gradients; with `found_inf`,
+# float32 (1,), not zero, the op changes nothing. `step`: int64 (1,), the step that the coins are of.
 SCHEMAS = {
     # One device: encode and apply in one pass. `nonfinite`: int64 (1,), counts skipped elements;
     # without it nothing is skipped and a NaN shows in the parameter.
     "lion_step": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor lr, "
-    "float beta1, float beta2, float weight_decay, bool maximize, Tensor(c!)? nonfinite) -> ()",
-    # ballot: (shards, 1 or 2 planes, words). A None gradient abstains.
-    "encode": "(Tensor?[] grads, Tensor(a!)[] exp_avgs, Tensor(b!) ballot, float beta1, "
-    "float beta2, bool maximize, int seed, int rank, Tensor step, Tensor(c!) nonfinite) -> ()",
+    "float beta1, float beta2, float weight_decay, bool maximize, Tensor(c!)? nonfinite=None, "
+    "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+    # ballot: (shards, 1 or 2 planes, words); flags: (shards, flag words), one bit a tensor. A None
+    # gradient abstains.
+    "encode": "(Tensor?[] grads, Tensor(a!)[] exp_avgs, Tensor(b!) ballot, Tensor(c!) flags, "
+    "float beta1, float beta2, bool maximize, int seed, int rank, Tensor step, "
+    "Tensor(d!) nonfinite, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
     # ballots: (n, planes, words), integers whose sum is at most `scale`; tally: (planes, words).
     "tally": "(Tensor ballots, Tensor(a!) tally, int scale) -> ()",
     # verdict: (1 or 2 planes, words). `first_word`: position of word 0 in the group, for the coins.
     "elect": "(Tensor ballots, Tensor(a!) verdict, int scale, int first_word, int seed, "
     "Tensor step) -> ()",
-    # verdict: (shards, planes, words); presence: (ranks, flag words).
+    # verdict: (shards, planes, words); presence: (ranks, flag words). Ends a step: adds 1 to `step`.
     "apply": "(Tensor(a!)[] params, Tensor verdict, Tensor presence, int scale, Tensor lr, "
-    "float weight_decay) -> ()",
+    "float weight_decay, Tensor(b!) step, Tensor? found_inf=None) -> ()",
 }
 
 STORAGE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,6 +114,18 @@ def _check_one(tensor: Tensor, name: str) -> None:
     )
 
 
+def _check_flags(flags: Tensor, name: str, n_tensors: int) -> None:
+    room = flags.shape[1] * BITS_PER_WORD
+    _rule(n_tensors <= room, f"{name} has {room} flags, got {n_tensors} tensors")
+
+
+def _check_amp(grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    for tensor, name in ((grad_scale, "grad_scale"), (found_inf, "found_inf")):
+        if tensor is not None:
+            _check_one(tensor, name)
+            _rule(tensor.dtype == torch.float32, f"{name} must be float32, got {tensor.dtype}")
+
+
 def check_lion_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -118,19 +135,25 @@ def check_lion_step(
     beta2: float,
     weight_decay: float,
     maximize: bool,
-    nonfinite: Tensor | None,
+    nonfinite: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     _check_pairs(grads, params, "grads", "params")
     _check_pairs(exp_avgs, params, "exp_avgs", "params")
     for tensors, name in ((params, "params"), (grads, "grads"), (exp_avgs, "exp_avgs")):
         _check_storage(tensors, name)
+    for i, (g, p) in enumerate(zip(grads, params, strict=True)):
+        _rule(g.dtype == p.dtype, f"grads[{i}] must be {p.dtype}, got {g.dtype}")
     _check_one(lr, "lr")
+    _check_amp(grad_scale, found_inf)
 
 
 def check_encode(
     grads: Sequence[Tensor | None],
     exp_avgs: Sequence[Tensor],
     ballot: Tensor,
+    flags: Tensor,
     beta1: float,
     beta2: float,
     maximize: bool,
@@ -138,6 +161,8 @@ def check_encode(
     rank: int,
     step: Tensor,
     nonfinite: Tensor,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     _check_pairs(grads, exp_avgs, "grads", "exp_avgs")
     _check_storage(grads, "grads")
@@ -148,7 +173,14 @@ def check_encode(
         f"ballot must have 1 plane (binary) or 2 (ternary), got {ballot.shape[1]}",
     )
     _check_room(exp_avgs, ballot, "ballot")
+    _check_planes(flags, "flags", 2)
+    _rule(
+        flags.shape[0] == ballot.shape[0],
+        f"flags must have a row for each of {ballot.shape[0]} shards, got {flags.shape[0]}",
+    )
+    _check_flags(flags, "flags", len(exp_avgs))
     _check_one(step, "step")
+    _check_amp(grad_scale, found_inf)
 
 
 def _check_ballots(ballots: Tensor, out: Tensor, name: str, scale: int) -> None:
@@ -188,17 +220,18 @@ def check_apply(
     scale: int,
     lr: Tensor,
     weight_decay: float,
+    step: Tensor,
+    found_inf: Tensor | None = None,
 ) -> None:
     _check_storage(params, "params")
     _check_planes(verdict, "verdict", 3)
     _check_planes(presence, "presence", 2)
     _rule(scale >= 1, f"scale must be at least 1, got {scale}")
-    _rule(
-        len(params) <= presence.shape[1] * BITS_PER_WORD,
-        f"presence has {presence.shape[1] * BITS_PER_WORD} flags, got {len(params)} tensors",
-    )
+    _check_flags(presence, "presence", len(params))
     _check_room(params, verdict, "verdict")
     _check_one(lr, "lr")
+    _check_one(step, "step")
+    _check_amp(None, found_inf)
 
 
 CHECKS = {

@@ -46,7 +46,8 @@ class DistributedLion(Lion):
     The momentum m (state key "exp_avg") stays on its worker: save every rank's state. Gradients
     must not be averaged: use a bare module, or DDP with a no-op communication hook. With N = 1
     this is Lion, bit for bit. A non-finite c votes zero and leaves its momentum. A parameter
-    without a gradient on some ranks has their zero votes; on all ranks, it is left alone.
+    without a gradient on some ranks has their zero votes; on all ranks, it is left alone. Under
+    torch.amp.GradScaler, on all ranks or none, a step that one rank skips is skipped by all.
 
     Args:
         params, lr, betas, weight_decay, maximize, momentum_dtype: as for Lion.
@@ -112,6 +113,7 @@ class DistributedLion(Lion):
         self._buffers: dict[int, Buffers] = {}
         self._nonfinite: dict[torch.device, Tensor] = {}
         self._steps = self._wire_bytes = 0
+        self._votes = self._world_size > 1
         self._constructed = False
         super().__init__(
             params, lr, betas, weight_decay, maximize=maximize, momentum_dtype=momentum_dtype
@@ -141,7 +143,8 @@ class DistributedLion(Lion):
         """Add a group on every rank; compared, and broadcast, like those at construction."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group.setdefault("step", torch.zeros((), dtype=torch.int64))
+        device = group["params"][0].device if group["params"] else None
+        group.setdefault("step", torch.zeros((), dtype=torch.int64, device=device))
         if self._constructed:
             try:
                 self._agree([group])
@@ -186,6 +189,13 @@ class DistributedLion(Lion):
             params = [p.detach() for group in groups for p in group["params"]]
             broadcast_parameters(params, self._group)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As Lion's; the step counters go to their groups' devices."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            if group["params"]:
+                group["step"] = group["step"].to(group["params"][0].device)
+
     def verify_replicas(self) -> None:
         """Compare a 64-bit hash of every parameter over the ranks; raise RuntimeError on every
         rank that names the first parameter that differs and the ranks. All ranks must call it."""
@@ -208,9 +218,19 @@ class DistributedLion(Lion):
             self._nonfinite[device] = torch.zeros(1, dtype=torch.int64, device=device)
         if self._world_size == 1:
             super()._step_group(group, self._nonfinite[device])
+            _, found_inf = self._amp(device)
+            group["step"] += 1 if found_inf is None else (found_inf == 0).sum()
         else:
             self._vote(group, self._nonfinite[device])
-        group["step"] += 1
+
+    def _agreed(self, found_inf: Tensor | None) -> Tensor | None:
+        """Ranks scale and overflow on their own; a step that one of them skips, all must skip,
+        before a momentum moves. Four bytes in one all-reduce, only under a GradScaler."""
+        if found_inf is None or self._world_size == 1:
+            return found_inf
+        agreed = found_inf.clone()
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self._group)
+        return agreed
 
     def _verdict_planes(self) -> int:
         if self.aggregation == "average":
@@ -240,19 +260,21 @@ class DistributedLion(Lion):
             return
         buffers = self._buffers_for(group, tuple(p.numel() for p in batch.params))
         layout, ops = buffers.layout, torch.ops.lion_kernels
+        grad_scale, found_inf = self._amp(batch.params[0].device)
         ops.encode(
             batch.grads,
             batch.exp_avgs,
             layout.planes_of(buffers.ballot),
+            layout.flags_of(buffers.ballot),
             *group["betas"],
             group["maximize"],
             self.seed,
             self._rank,
             group["step"],
             nonfinite,
+            grad_scale,
+            found_inf,
         )
-        present = [g is not None for g in batch.grads]
-        layout.flags_of(buffers.ballot).copy_(layout.pack_flags(present))
 
         def count(ballots: Tensor, verdict: Tensor, first_word: int) -> None:
             if self.aggregation == "average":
@@ -271,5 +293,7 @@ class DistributedLion(Lion):
             self._vote_scale if self.aggregation == "average" else planes,
             lr_tensor(group),
             group["weight_decay"],
+            group["step"],
+            found_inf,
         )
         batch.write_back()

@@ -31,6 +31,13 @@ def _aligned(n_words: int) -> int:
     return -(-n_words // ALIGN_WORDS) * ALIGN_WORDS
 
 
+def pack_flags(present: Sequence[bool], n_words: int) -> list[int]:
+    """``present``, one bit a tensor, as the values of ``n_words`` int32 words."""
+    bits = sum(1 << i for i, flag in enumerate(present) if flag)
+    words = [(bits >> (BITS_PER_WORD * w)) & (2**BITS_PER_WORD - 1) for w in range(n_words)]
+    return [word - (word >> (BITS_PER_WORD - 1) << BITS_PER_WORD) for word in words]
+
+
 @dataclass(frozen=True)
 class BallotLayout:
     """The chunks of one group: ``shards`` chunks of ``planes`` planes for tensors of ``numels``."""
@@ -65,10 +72,3 @@ class BallotLayout:
     def flags_of(self, chunks: Tensor) -> Tensor:
         """The presence flags of chunks (n, chunk_words): a view (n, flag_words)."""
         return chunks[:, self.planes * self.words_per_shard :]
-
-    def pack_flags(self, present: Sequence[bool]) -> Tensor:
-        """``present``, one a tensor, as int32 words (flag_words,)."""
-        bits = sum(1 << i for i, flag in enumerate(present) if flag)
-        word = (1 << BITS_PER_WORD) - 1
-        words = [(bits >> (BITS_PER_WORD * w)) & word for w in range(self.flag_words)]
-        return torch.tensor(words, dtype=torch.int64).to(torch.int32)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lion_kernels import _ops
+from lion_kernels import _ops, kernels
 
 MOMENTUM_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _ops.STORAGE_DTYPES}
 
@@ -76,11 +76,16 @@ class Lion(Optimizer):
 
     sign(0) is 0; sign(NaN) is NaN, so that a NaN shows in the parameter as in torch.optim.
 
+    Works with torch.amp.GradScaler, which hands it grad_scale and found_inf: gradients are unscaled
+    in the same pass, and a step that found an infinity changes nothing. On CUDA devices a step
+    waits for nothing; with static gradients and a tensor lr on the device it can be captured into
+    a CUDA graph, after one step outside.
+
     Args:
         params: parameters, (name, parameter) pairs or group dicts; float32, bfloat16, float16 or
-            complex64, any shape and strides without overlaps; one device a group.
-        lr: learning rate, a float or a tensor of one element; read in every step. Good values are
-            3 to 10 times below AdamW's.
+            complex64, any shape and strides without overlaps; one device a group, a CPU or CUDA.
+        lr: learning rate, a float or a tensor of one element, on the CPU or on the parameters'
+            device; read in every step. Good values are 3 to 10 times below AdamW's.
         betas: (beta1, beta2), each in [0, 1).
         weight_decay: decoupled, multiplied by lr; good values are 3 to 10 times above AdamW's.
         maximize: go up instead of down.
@@ -91,8 +96,12 @@ class Lion(Optimizer):
         ValueError: an option out of range, an unsupported dtype, mixed devices in a group, a
             sparse gradient or one of another dtype, shape or device, a loaded state of another
             shape. Nothing is written before it is raised.
-        RuntimeError: the compiled library is missing.
+        RuntimeError: the compiled library is missing; CUDA parameters without triton.
     """
+
+    # torch.amp.GradScaler leaves unscaling and skipping to optimizers that say so.
+    _step_supports_amp_scaling = True
+    _votes = False
 
     def __init__(
         self,
@@ -155,11 +164,13 @@ class Lion(Optimizer):
                     f"all parameters of a group must be on one device: {self._label(group, i)} is "
                     f"on {p.device}, the first on {group['params'][0].device}"
                 )
-            if p.device.type != "cpu":
+            if p.device.type not in ("cpu", "cuda"):
                 raise ValueError(
-                    f"parameters must be on the CPU, this version has no other kernels: "
-                    f"{self._label(group, i)} is on {p.device}"
+                    f"parameters must be on the CPU or a CUDA device: {self._label(group, i)} is "
+                    f"on {p.device}"
                 )
+        if any(p.is_cuda for p in group["params"]):
+            kernels.require(vote=self._votes)
 
     def _check_grad(self, group: dict[str, Any], index: int) -> None:
         p = group["params"][index]
@@ -180,9 +191,20 @@ class Lion(Optimizer):
         """Raise before anything is written: options may have changed since construction."""
         for group in self.param_groups:
             check_options(group)
+            self._check_lr(group)
             for i, p in enumerate(group["params"]):
                 if p.grad is not None:
                     self._check_grad(group, i)
+
+    def _check_lr(self, group: dict[str, Any]) -> None:
+        lr, params = group["lr"], group["params"]
+        if not isinstance(lr, Tensor) or lr.device.type == "cpu" or not params:
+            return
+        if lr.device != params[0].device or lr.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"a tensor lr must be on the CPU, or float32 or float64 on {params[0].device}: "
+                f"group {self._number(group)} has {lr.dtype} on {lr.device}"
+            )
 
     def _exp_avg(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         state = self.state[p]
@@ -225,10 +247,20 @@ class Lion(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check()
+        self._found_inf = self._agreed(getattr(self, "found_inf", None))
         for group in self.param_groups:
             self._step_group(group)
         self._after_step()
         return loss
+
+    def _agreed(self, found_inf: Tensor | None) -> Tensor | None:
+        """Whether this step is skipped: what GradScaler found in the gradients, here or anywhere."""
+        return found_inf
+
+    def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """grad_scale and found_inf as the ops take them, where GradScaler set them."""
+        scalars = getattr(self, "grad_scale", None), self._found_inf
+        return tuple(None if t is None else t.to(device, non_blocking=True) for t in scalars)
 
     def _after_step(self) -> None:
         """What a subclass does at the end of a step. It must not override step itself: torch wraps
@@ -246,6 +278,7 @@ class Lion(Optimizer):
                 group["weight_decay"],
                 group["maximize"],
                 nonfinite,
+                *self._amp(batch.params[0].device),
             )
             batch.write_back()
 

@@ -37,7 +37,8 @@ def pack(integers: Tensor, n_planes: int) -> Tensor:
     return words.sum(-1).to(torch.int32)  # wraps: bit 31 is the sign bit
 
 
-def _mix64(z: int) -> int:
+def mix64(z: int) -> int:
+    """One step of SplitMix64."""
     z = (z + _GAMMA) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -46,9 +47,9 @@ def _mix64(z: int) -> int:
 
 def coins(seed: int, stream: int, step: int, first_word: int, n_words: int) -> Tensor:
     """Fair coins, 0 or 1, of elements [32 * first_word, 32 * (first_word + n_words))."""
-    key = _mix64(_mix64(_mix64(seed & _MASK) ^ (stream & _MASK)) ^ (step & _MASK))
+    key = mix64(mix64(mix64(seed & _MASK) ^ (stream & _MASK)) ^ (step & _MASK))
     words = [
-        _mix64((key + w * _GAMMA) & _MASK) >> 32 for w in range(first_word, first_word + n_words)
+        mix64((key + w * _GAMMA) & _MASK) >> 32 for w in range(first_word, first_word + n_words)
     ]
     word_tensor = torch.tensor(words, dtype=torch.int64).unsqueeze(-1)
     return ((word_tensor >> torch.arange(BITS_PER_WORD)) & 1).flatten()
@@ -63,9 +64,12 @@ def _f32(x: float) -> float:
     return torch.tensor(x, dtype=torch.float32).item()
 
 
-def _interpolate(m: Tensor, g: Tensor, beta: float, maximize: bool) -> Tensor:
-    """beta * m + (1 - beta) * g, with g negated for maximize."""
-    complement = _f32(beta - 1 if maximize else 1 - beta)
+def _interpolate(
+    m: Tensor, g: Tensor, beta: float, maximize: bool, grad_scale: Tensor | None
+) -> Tensor:
+    """beta * m + (1 - beta) * g, with g negated for maximize and divided by the grad scale."""
+    scale = 1.0 if grad_scale is None else grad_scale.item()
+    complement = _f32(_f32(beta - 1 if maximize else 1 - beta) / scale)
     return _fma(g.float(), complement, m.float() * _f32(beta))
 
 
@@ -78,17 +82,22 @@ def lion_step(
     beta2: float,
     weight_decay: float,
     maximize: bool,
-    nonfinite: Tensor | None,
+    nonfinite: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """c = beta1 * m + (1 - beta1) * g;  m = beta2 * m + (1 - beta2) * g;
     p = p * (1 - lr * weight_decay) - lr * sign(c), with sign(NaN) = NaN."""
     _ops.check_lion_step(
-        params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite
-    )
+        params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite, grad_scale,
+        found_inf,
+    )  # fmt: skip
+    if _is_set(found_inf):
+        return
     decay = _f32(1 - lr.item() * weight_decay)
     for p, g, m in zip(params, grads, exp_avgs, strict=True):
-        c = _interpolate(m, g, beta1, maximize)
-        next_m = _interpolate(m, g, beta2, maximize)
+        c = _interpolate(m, g, beta1, maximize, grad_scale)
+        next_m = _interpolate(m, g, beta2, maximize, grad_scale)
         sign = torch.where(c.isnan(), c, c.sign())
         next_p = _fma(p.float(), decay, -_f32(lr.item()) * sign)
         if nonfinite is not None:
@@ -103,6 +112,7 @@ def encode(
     grads: Sequence[Tensor | None],
     exp_avgs: Sequence[Tensor],
     ballot: Tensor,
+    flags: Tensor,
     beta1: float,
     beta2: float,
     maximize: bool,
@@ -110,20 +120,28 @@ def encode(
     rank: int,
     step: Tensor,
     nonfinite: Tensor,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """vote = sign(c), sent as v = (vote + 1) / 2 (one plane; a zero vote is a coin) or
-    v = vote + 1 (two planes). A non-finite c votes zero and leaves its momentum."""
-    _ops.check_encode(grads, exp_avgs, ballot, beta1, beta2, maximize, seed, rank, step, nonfinite)
+    v = vote + 1 (two planes). A non-finite c votes zero and leaves its momentum. Bit t of the
+    flags: whether tensor t has a gradient here."""
+    _ops.check_encode(
+        grads, exp_avgs, ballot, flags, beta1, beta2, maximize, seed, rank, step, nonfinite,
+        grad_scale, found_inf,
+    )  # fmt: skip
+    if _is_set(found_inf):
+        return
     shards, n_planes, words_per_shard = ballot.shape
     flat = torch.zeros(shards * words_per_shard * BITS_PER_WORD, dtype=torch.int64)
     word = 0
     for g, m in zip(grads, exp_avgs, strict=True):
         vote = torch.zeros_like(m, dtype=torch.float32)
         if g is not None:
-            c = _interpolate(m, g, beta1, maximize)
+            c = _interpolate(m, g, beta1, maximize, grad_scale)
             abstain = ~c.isfinite()
             vote = torch.where(abstain, 0.0, c.sign())
-            m.copy_(torch.where(abstain, m, _interpolate(m, g, beta2, maximize)))
+            m.copy_(torch.where(abstain, m, _interpolate(m, g, beta2, maximize, grad_scale)))
             nonfinite += abstain.sum()
         votes = _storage_order(torch.empty_like(m, dtype=torch.float32).copy_(vote)).long()
         if n_planes == 2:
@@ -134,6 +152,9 @@ def encode(
         flat[word * BITS_PER_WORD :][: v.numel()] = v
         word += words_of(v.numel())
     ballot.copy_(pack(flat.view(shards, -1), n_planes))
+    present = torch.zeros(flags.shape[1] * BITS_PER_WORD, dtype=torch.int64)
+    present[: len(grads)] = torch.tensor([g is not None for g in grads])
+    flags.copy_(pack(present, 1))
 
 
 def tally(ballots: Tensor, tally: Tensor, scale: int) -> None:
@@ -164,17 +185,26 @@ def apply(
     scale: int,
     lr: Tensor,
     weight_decay: float,
+    step: Tensor,
+    found_inf: Tensor | None = None,
 ) -> None:
     """p = p * (1 - lr * weight_decay) - (lr / scale) * (2 * v - scale), for tensors that any rank
-    flagged as present; the others are left alone."""
-    _ops.check_apply(params, verdict, presence, scale, lr, weight_decay)
-    decay, step_size = _f32(1 - lr.item() * weight_decay), _f32(lr.item() / scale)
+    flagged as present; the others are left alone. Ends a step: step = step + 1."""
+    _ops.check_apply(params, verdict, presence, scale, lr, weight_decay, step, found_inf)
+    if _is_set(found_inf):
+        return
+    step += 1
+    decay, step_size = _f32(1 - lr.item() * weight_decay), _f32(lr.item() * (1 / scale))
     flags = unpack(presence.unsqueeze(-2)).any(0)
     v = unpack(verdict).flatten()
     for p, span, present in zip(params, _spans(params), flags.tolist(), strict=False):
         if present:
             delta = _like_storage((2 * v[span] - scale).float(), p)
             p.copy_(_fma(p.float(), decay, -step_size * delta))
+
+
+def _is_set(found_inf: Tensor | None) -> bool:
+    return found_inf is not None and found_inf.item() != 0
 
 
 def _spans(tensors: Sequence[Tensor]) -> Iterator[slice]:

@@ -1,25 +1,17 @@
 """Fixtures: the op back ends, and worlds of real Gloo processes."""
 
+import backends  # first: it says how Triton's kernels run
 import pytest
-import torch
 
-from lion_kernels import _C, build_info, reference
 from ranks import World
 
-SIMD_LEVELS = build_info()["simd_levels"]
 
-
-@pytest.fixture(params=["reference", *SIMD_LEVELS])
+@pytest.fixture(params=backends.BACKENDS)
 def backend(request):
-    """Something with encode, tally, elect, apply and lion_step: the specification or the kernels
-    of one SIMD level."""
-    if request.param == "reference":
-        yield reference
-        return
-    before = build_info()["simd"]
-    _C.set_simd_level(request.param)
-    yield torch.ops.lion_kernels
-    _C.set_simd_level(before)
+    """Something with encode, tally, elect, apply and lion_step (backends.py)."""
+    backend, restore = backends.select(request.param)
+    yield backend
+    restore()
 
 
 @pytest.fixture(scope="session")

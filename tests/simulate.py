@@ -46,11 +46,9 @@ class SimulatedWorld:
         layout = self.layout
         for rank, mine in enumerate(self.buffers):
             ops.encode(
-                grads[rank], self.exp_avgs[rank], layout.planes_of(mine.ballot), *self.betas,
-                False, self.seed, rank, step_of(self.steps), no_counts(),
+                grads[rank], self.exp_avgs[rank], layout.planes_of(mine.ballot),
+                layout.flags_of(mine.ballot), *self.betas, False, self.seed, rank, step_of(self.steps), no_counts(),
             )  # fmt: skip
-            present = [g is not None for g in grads[rank]]
-            layout.flags_of(mine.ballot).copy_(layout.pack_flags(present))
         for rank, mine in enumerate(self.buffers):
             shard = rank if self.exchange == "sharded" else 0
             for sender, theirs in enumerate(self.buffers):
@@ -66,6 +64,6 @@ class SimulatedWorld:
             scale = self.scale if self.average else mine.verdict.shape[1]
             ops.apply(
                 self.params[rank], mine.verdict, layout.flags_of(mine.received), scale,
-                lr_of(self.lr), self.wd,
+                lr_of(self.lr), self.wd, step_of(self.steps),
             )  # fmt: skip
         self.steps += 1

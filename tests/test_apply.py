@@ -5,14 +5,14 @@ import pytest
 import torch
 
 import oracle
-from common import SIZES, STORAGE_DTYPES, array, bits_equal, generator, lr_of, stored
+from common import SIZES, STORAGE_DTYPES, array, bits_equal, generator, lr_of, step_of, stored
 from lion_kernels import reference
-from lion_kernels.layout import BallotLayout
+from lion_kernels.layout import BallotLayout, pack_flags
 
 LR, WD = 3e-3, 0.7
 
 
-def run(backend, params, integers, planes, scale, shards=1, present=None, lr=None):
+def run(backend, params, integers, planes, scale, shards=1, present=None, lr=None, found_inf=None):
     """Applies integers[t] of 0 .. scale, one vector a tensor."""
     layout = BallotLayout(tuple(p.numel() for p in params), planes, shards)
     flat = torch.zeros(shards * layout.words_per_shard * 32, dtype=torch.int64)
@@ -22,8 +22,11 @@ def run(backend, params, integers, planes, scale, shards=1, present=None, lr=Non
         first += -(-len(v) // 32) * 32
     verdict = reference.pack(flat.view(shards, -1), planes)
     flags = torch.zeros(3, layout.flag_words, dtype=torch.int32)
-    flags[1] = layout.pack_flags(present or [True] * len(params))
-    backend.apply(params, verdict, flags, scale, lr_of(LR) if lr is None else lr, WD)
+    flags[1] = torch.tensor(pack_flags(present or [True] * len(params), layout.flag_words))
+    step = step_of(7)
+    lr = lr_of(LR) if lr is None else lr
+    backend.apply(params, verdict, flags, scale, lr, WD, step, found_inf)
+    assert step.item() == (7 if found_inf is not None and found_inf.item() else 8)
 
 
 def want(p, v, scale):
@@ -83,6 +86,16 @@ def test_tensor_lr(backend, lr):
     v = torch.randint(0, 2, (100,), generator=generator(2))
     expected = want(p, v, 1)
     run(backend, [p], [v], 1, 1, lr=lr)
+    np.testing.assert_array_equal(array(p), expected)
+
+
+def test_found_inf_changes_nothing(backend):
+    p = torch.randn(100, generator=generator(1))
+    before, v = p.clone(), torch.randint(0, 2, (100,), generator=generator(2))
+    run(backend, [p], [v], 1, 1, found_inf=torch.ones(1))
+    assert bits_equal(p, before)
+    expected = want(p, v, 1)
+    run(backend, [p], [v], 1, 1, found_inf=torch.zeros(1))
     np.testing.assert_array_equal(array(p), expected)
 
 

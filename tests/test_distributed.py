@@ -493,3 +493,50 @@ def test_wrong_group_and_pickling(worlds):
         worlds(2).run(wrong_group)
     with pytest.raises(RankError, match="TypeError: DistributedLion holds a process group"):
         worlds(2).run(pickled)
+
+
+def momenta(opt, params):
+    """Copies; a lone rank has none for a parameter that never had a gradient."""
+    return [opt.state[p].get("exp_avg", torch.zeros_like(p)).detach().clone() for p in params]
+
+
+def overflow(rank, options):
+    """Steps 0 to 3 under a GradScaler; in step 2 only the last rank's gradient overflows."""
+    params = parameters()
+    opt = DistributedLion(params, **HYPER, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    seen = []
+    for step in range(4):
+        set_gradients(params, rank, step)
+        for p in params:
+            if p.grad is not None:
+                p.grad *= scaler.scale(torch.ones(())).item()
+        if step == 2 and rank == dist.get_world_size() - 1:
+            params[0].grad[3, 4] = torch.inf
+        scaler.step(opt)
+        scaler.update()
+        seen.append(([p.detach().clone() for p in params], momenta(opt, params)))
+    opt.verify_replicas()
+    return seen, [int(group["step"]) for group in opt.param_groups], opt.nonfinite_count()
+
+
+def without_step_2(rank, options):
+    params = parameters()
+    opt = DistributedLion(params, **HYPER, **options)
+    for step in (0, 1, 3):
+        set_gradients(params, rank, step)
+        opt.step()
+    return [p.detach() for p in params], momenta(opt, params)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_a_step_that_overflows_on_one_rank_is_no_step_on_any(worlds, n):
+    options = {"ties": "coin", "seed": 3}
+    skipped = worlds(n).run(overflow, options)
+    never = worlds(n).run(without_step_2, options)
+    for (seen, steps, nonfinite), (params, exp_avgs) in zip(skipped, never, strict=True):
+        assert steps == [3] and nonfinite == 0
+        for kind in (0, 1):
+            assert all(bits_equal(a, b) for a, b in zip(seen[1][kind], seen[2][kind], strict=True))
+            wanted = (params, exp_avgs)[kind]
+            assert all(bits_equal(a, b) for a, b in zip(seen[3][kind], wanted, strict=True))

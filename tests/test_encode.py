@@ -18,7 +18,7 @@ from common import (
     words,
 )
 from lion_kernels import reference
-from lion_kernels.layout import BallotLayout
+from lion_kernels.layout import BallotLayout, pack_flags
 
 SEED, RANK, STEP = 11, 3, 5
 
@@ -28,11 +28,16 @@ def garbage(layout):
     return torch.full((layout.shards, layout.chunk_words), -1, dtype=torch.int32)
 
 
-def run(backend, grads, exp_avgs, planes, shards=1, betas=(0.5, 0.75), maximize=False):
+def run(backend, grads, exp_avgs, planes, shards=1, betas=(0.5, 0.75), maximize=False, **amp):
     layout = BallotLayout(tuple(m.numel() for m in exp_avgs), planes, shards)
     chunks, counts = garbage(layout), no_counts()
     ballot = layout.planes_of(chunks)
-    backend.encode(grads, exp_avgs, ballot, *betas, maximize, SEED, RANK, step_of(STEP), counts)
+    flags = layout.flags_of(chunks)
+    backend.encode(
+        grads, exp_avgs, ballot, flags, *betas, maximize, SEED, RANK, step_of(STEP), counts, **amp
+    )
+    present = pack_flags([g is not None for g in grads], layout.flag_words)
+    assert flags.tolist() == [present] * shards
     flat = ballot.transpose(0, 1).reshape(planes, -1)  # word space, plane by plane
     return words(flat), counts.item()
 
@@ -117,14 +122,35 @@ def test_zero_votes_are_fair_coins_that_differ_by_rank_and_step(backend):
         chunks = garbage(layout)
         zeros = torch.zeros(64000)
         backend.encode(
-            [zeros], [zeros.clone()], layout.planes_of(chunks), 0.9, 0.99, False, 0, rank,
-            step_of(step), no_counts(),
+            [zeros], [zeros.clone()], layout.planes_of(chunks), layout.flags_of(chunks), 0.9, 0.99,
+            False, 0, rank, step_of(step), no_counts(),
         )  # fmt: skip
         tosses.append(oracle.unpack(words(layout.planes_of(chunks)[0, 0]))[:64000])
     slack = 4 * 0.5 / 64000**0.5
     assert all(abs(toss.mean() - 0.5) < slack for toss in tosses)
     assert abs((tosses[0] == tosses[1]).mean() - 0.5) < slack
     assert abs((tosses[0] == tosses[2]).mean() - 0.5) < slack
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_grad_scale_and_found_inf(backend, planes):
+    gen = generator(7)
+    g, m = exact(1000, gen), exact(1000, gen)
+    want, momenta = expected([g], [m], planes, BallotLayout((1000,), planes, 1).words_per_shard)
+    amp = {"grad_scale": torch.tensor([2.0**16]), "found_inf": torch.zeros(1)}
+    before = m.clone()
+    got, _ = run(backend, [g * 2**16], [m], planes, **amp)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(array(m), momenta[0])
+    layout = BallotLayout((1000,), planes, 1)
+    chunks, counts = garbage(layout), no_counts()
+    m.copy_(before)
+    g[3] = torch.nan
+    backend.encode(
+        [g], [m], layout.planes_of(chunks), layout.flags_of(chunks), 0.5, 0.75, False, SEED, RANK,
+        step_of(STEP), counts, torch.ones(1), torch.tensor(2.0),
+    )  # fmt: skip
+    assert bits_equal(m, before) and counts.item() == 0
 
 
 def test_channels_last(backend):

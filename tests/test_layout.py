@@ -7,7 +7,7 @@ import torch
 import oracle
 from common import SIZES, generator, words
 from lion_kernels import reference
-from lion_kernels.layout import ALIGN_WORDS, BallotLayout, words_of
+from lion_kernels.layout import ALIGN_WORDS, BallotLayout, pack_flags, words_of
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -42,7 +42,8 @@ def test_chunks_have_room_and_alignment(numels, shards):
 @pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 148, 2000])
 def test_flags(n):
     present = [bool(x) for x in torch.randint(0, 2, (n,), generator=generator(n))]
-    flags = BallotLayout((5,) * n, planes=1, shards=2).pack_flags(present)
+    n_words = BallotLayout((5,) * n, planes=1, shards=2).flag_words
+    flags = torch.tensor(pack_flags(present, n_words), dtype=torch.int32)
     assert oracle.unpack(words(flags))[:n].tolist() == present
     assert not oracle.unpack(words(flags))[n:].any()
 

@@ -93,7 +93,7 @@ def test_unknown_option():
     [
         ([torch.zeros(3).double()], "float64"),
         ([torch.zeros(3), torch.zeros(3, device="meta")], "one device"),
-        ([torch.zeros(3, device="meta")], "must be on the CPU"),
+        ([torch.zeros(3, device="meta")], "must be on the CPU or a CUDA device"),
         ([torch.zeros(3, 1).expand(3, 4)], "overlap"),
     ],
 )
@@ -474,3 +474,37 @@ def test_the_ops_compile_without_graph_breaks():
     expected = step(p, g, m, lr)
     assert torch.equal(torch.compile(step, fullgraph=True)(q, g, n, lr), expected)
     assert torch.equal(p, q) and torch.equal(m, n)
+
+
+@pytest.mark.parametrize("unscaled_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_grad_scaler(dtype, unscaled_first):
+    """A step through GradScaler equals one on the unscaled gradients, and leaves scaled gradients
+    as they are; one that overflows changes nothing, momenta included, and halves the scale."""
+    params = [torch.nn.Parameter(p.detach().to(dtype)) for p in parameters((30, 20), (7,))]
+    twins = copy.deepcopy(params)
+    opt, plain = Lion(params, **OPTIONS), Lion(twins, **OPTIONS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=100)
+    for step in range(6):
+        for p, twin in zip(params, twins, strict=True):
+            twin.grad = torch.randn(p.shape, generator=generator(step)).to(dtype)
+            p.grad = twin.grad * scaler.scale(torch.ones(())).item()
+        if step == 3:
+            params[1].grad[2] = torch.inf
+            state = copy.deepcopy([opt.state[p]["exp_avg"] for p in params])
+        if unscaled_first and dtype is not torch.float16:  # which GradScaler.unscale_ refuses
+            scaler.unscale_(opt)
+        grads = [p.grad.clone() for p in params]
+        before, scale = copy.deepcopy(params), scaler.get_scale()
+        scaler.step(opt)
+        scaler.update()
+        assert all(bits_equal(p.grad, g) for p, g in zip(params, grads, strict=True))
+        if step == 3:
+            assert all(bits_equal(p.detach(), b.detach()) for p, b in zip(params, before, strict=True))
+            assert all(bits_equal(opt.state[p]["exp_avg"], m) for p, m in zip(params, state, strict=True))
+            assert scaler.get_scale() == scale / 2
+            continue
+        plain.step()
+        for p, twin in zip(params, twins, strict=True):
+            assert bits_equal(p.detach(), twin.detach())
+            assert bits_equal(opt.state[p]["exp_avg"], plain.state[twin]["exp_avg"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import backends
 from common import generator, lr_of, no_counts, step_of
 from lion_kernels import _ops, reference
 
@@ -22,11 +23,14 @@ def arguments():
     return {
         "lion_step": ([p, p2], [g, g2], [m, m2], lr, 0.9, 0.99, 0.1, False, None),
         "lion_step, skipping": ([p], [g], [m], lr, 0.9, 0.99, 0.1, True, no_counts()),
-        "encode": ([g, None], [m, m2], torch.zeros(2, 1, 4, dtype=torch.int32), 0.9, 0.99, False,
-                   1, 2, step, no_counts()),
+        "encode": ([g, None], [m, m2], torch.zeros(2, 1, 4, dtype=torch.int32),
+                   torch.zeros(2, 4, dtype=torch.int32), 0.9, 0.99, False, 1, 2, step, no_counts()),
+        "encode, scaled": ([g, None], [m, m2], torch.zeros(2, 2, 4, dtype=torch.int32),
+                           torch.zeros(2, 4, dtype=torch.int32), 0.9, 0.99, False, 1, 2, step,
+                           no_counts(), torch.ones(1), torch.zeros(1)),
         "tally": (ballots, planes[3], 5),
         "elect": (ballots, planes[1], 5, 0, 1, step),
-        "apply": ([p, p2], torch.zeros(1, 2, 8, dtype=torch.int32), flags, 2, lr, 0.1),
+        "apply": ([p, p2], torch.zeros(1, 2, 8, dtype=torch.int32), flags, 2, lr, 0.1, step),
     }  # fmt: skip
 
 
@@ -59,7 +63,12 @@ BAD = {
     "ballot dtype": (*changed("encode", 2, torch.zeros(2, 1, 4)), "int32"),
     "ballot room": (*changed("encode", 2, ints(1, 1, 4)), "room for 4 words"),
     "ballot dims": (*changed("encode", 2, ints(1, 4)), "3 dimensions"),
-    "step": (*changed("encode", 8, torch.zeros(3, dtype=torch.int64)), "step must have one"),
+    "step": (*changed("encode", 9, torch.zeros(3, dtype=torch.int64)), "step must have one"),
+    "flag rows": (*changed("encode", 3, ints(3, 4)), "a row for each of 2 shards"),
+    "flag room": (*changed("encode", 3, ints(2, 0)), "flags has 0 flags, got 2 tensors"),
+    "grad scale": (*changed("encode, scaled", 11, torch.ones(2)), "grad_scale must have one"),
+    "found_inf": (*changed("encode, scaled", 12, torch.ones(1).long()), "found_inf must be float32"),
+    "end of step": (*changed("apply", 6, torch.zeros(3).long()), "step must have one"),
     "tally planes": (*changed("tally", 1, ints(2, 8)), "3 planes for scale 5"),
     "tally words": (*changed("tally", 1, ints(3, 4)), "8 words"),
     "scale": (*changed("tally", 2, 0), "scale"),
@@ -72,7 +81,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference", "fake"])
+@pytest.mark.parametrize("backend", ["cpu", "reference", "fake", "gpu"])
 @pytest.mark.parametrize("case", BAD)
 def test_bad_arguments(case, backend):
     name, args, message = BAD[case]
@@ -84,13 +93,19 @@ def test_bad_arguments(case, backend):
                 fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args)
                 getattr(ops, name)(*fake)
         else:
-            getattr(ops if backend == "cpu" else reference, name)(*args)
+            of = {"cpu": ops, "reference": reference, "gpu": backends.gpu()}[backend]
+            getattr(of, name)(*args)
     after = [t for t in tensors if isinstance(t, torch.Tensor)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_strides_are_never_misread():
     """The same shape in another memory layout is refused by the op; Lion converts it."""
+    for of in (ops, backends.gpu()):
+        check_strides(of)
+
+
+def check_strides(ops):
     p, g, m = torch.zeros(4, 6), torch.zeros(6, 4).t(), torch.zeros(4, 6)
     with pytest.raises(ValueError, match=r"grads\[0\] must have strides \[6, 1\], got \[1, 4\]"):
         ops.lion_step([p], [g], [m], lr_of(0.1), 0.9, 0.99, 0.0, False, None)

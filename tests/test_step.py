@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import backends
 import oracle
 from common import (
     SIZES,
@@ -16,13 +17,12 @@ from common import (
     no_counts,
     stored,
 )
-from lion_kernels import _C, build_info
 
 LR, WD = 3e-3, 0.7
 
 
-def run(backend, params, grads, exp_avgs, betas=(0.5, 0.75), maximize=False, nonfinite=None):
-    backend.lion_step(params, grads, exp_avgs, lr_of(LR), *betas, WD, maximize, nonfinite)
+def run(backend, params, grads, exp_avgs, betas=(0.5, 0.75), maximize=False, nonfinite=None, **amp):
+    backend.lion_step(params, grads, exp_avgs, lr_of(LR), *betas, WD, maximize, nonfinite, **amp)
 
 
 def want(p, g, m, betas=(0.5, 0.75), maximize=False):
@@ -119,9 +119,38 @@ def test_skip_leaves_weight_and_momentum(backend):
     np.testing.assert_array_equal(array(m)[kept], new_m[kept])
 
 
+@pytest.mark.parametrize("scale", [2.0**16, 3.0])
+def test_grad_scale_divides_the_gradients(backend, scale):
+    """By a power of two: the bits of a step on unscaled gradients. By 3, (1 - beta) / 3 is rounded:
+    a c of exactly 0 may turn out a little off."""
+    gen = generator(6)
+    p, g, m = torch.randn(1000, generator=gen), exact(1000, gen), exact(1000, gen)
+    expected = want(p, g, m)
+    scaled, before, before_m = g * scale, g * scale, m.clone()
+    run(backend, [p], [scaled], [m], grad_scale=torch.tensor(scale), found_inf=torch.zeros(1))
+    assert bits_equal(scaled, before)
+    if scale == 3.0:
+        sure = oracle.interpolate(array(before_m), array(g), 0.5) != 0
+        np.testing.assert_array_equal(array(p)[sure], expected[0][sure])
+        np.testing.assert_allclose(array(m), expected[1], rtol=2**-22, atol=2**-18)
+    else:
+        np.testing.assert_array_equal(array(p), expected[0])
+        np.testing.assert_array_equal(array(m), expected[1])
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+def test_found_inf_changes_nothing(backend, dtype):
+    gen = generator(7)
+    p, g, m = (torch.randn(100, generator=gen).to(dtype) for _ in range(3))
+    before, counts = (p.clone(), m.clone()), no_counts()
+    g[7] = torch.inf
+    run(backend, [p], [g], [m], nonfinite=counts, found_inf=torch.ones(1))
+    assert bits_equal(p, before[0]) and bits_equal(m, before[1]) and counts.item() == 0
+
+
 @pytest.mark.parametrize("m_dtype", STORAGE_DTYPES)
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
-def test_every_simd_level_gives_the_same_bits(dtype, m_dtype):
+def test_every_kernel_gives_the_same_bits(dtype, m_dtype):
     """Random floats of every magnitude, subnormals, infinities and NaN, with every rounding."""
     gen = generator(4)
     bits = torch.randint(-(2**31), 2**31 - 1, (3, 50_000), generator=gen).to(torch.int32)
@@ -132,13 +161,12 @@ def test_every_simd_level_gives_the_same_bits(dtype, m_dtype):
     m = bits[2].view(torch.float32).to(m_dtype)
     g = torch.where(torch.rand(50_000, generator=gen) < 0.5, g, m.to(dtype))
     results = []
-    before = build_info()["simd"]
-    for level in build_info()["simd_levels"]:
-        _C.set_simd_level(level)
+    for name in backends.BACKENDS[1:]:
+        backend, restore = backends.select(name)
         new_p, new_m = p.clone(), m.clone()
-        run(torch.ops.lion_kernels, [new_p], [g], [new_m], betas=(0.9, 0.99))
+        run(backend, [new_p], [g], [new_m], betas=(0.9, 0.99))
+        restore()
         results.append((new_p, new_m))
-    _C.set_simd_level(before)
     for new_p, new_m in results[1:]:
         for mine, first in ((new_p, results[0][0]), (new_m, results[0][1])):
             nan = first.isnan()

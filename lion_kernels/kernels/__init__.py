@@ -1,5 +1,58 @@
 """The rooms on the GPU: Triton kernels that register into the op table of _ops.py for CUDA tensors.
 
-The CPU's rooms are C++ (csrc/). There are no GPU kernels in this version: parameters that are not
-on the CPU are refused at construction.
+The tally of CUDA tensors is C++/CUDA (csrc/tally.cu) and registers itself where it was built. What
+is missing raises, and says what to install; Triton is imported at the first call.
 """
+
+import importlib
+from typing import Any
+
+import torch
+
+from lion_kernels import _ops
+
+TRITON_OPS = ("lion_step", "encode", "apply")
+CUDA_OPS = ("tally", "elect")
+
+
+def _launch() -> Any:
+    try:
+        return importlib.import_module("lion_kernels.kernels.launch")
+    except ImportError as error:
+        raise RuntimeError(
+            "CUDA tensors need triton >= 3.6, which CUDA builds of torch bring along: "
+            f"`pip install triton` ({error})"
+        ) from error
+
+
+def require(vote: bool) -> None:
+    """Raise RuntimeError where the kernels for CUDA tensors are missing: Triton's, and, to count a
+    vote, those of the CUDA build."""
+    _launch()
+    if vote and not _ops.build_info()["cuda"]:
+        raise RuntimeError(_NOT_BUILT)
+
+
+_NOT_BUILT = (
+    "lion_kernels was built without CUDA, which counting votes on CUDA tensors needs: run "
+    "`LION_KERNELS_CUDA=1 pip install --no-build-isolation .` in its source, with a CUDA build of "
+    "torch and nvcc"
+)
+
+
+def _triton(name: str) -> Any:
+    def implementation(*args: Any) -> None:
+        getattr(_launch(), name)(*args)
+
+    return implementation
+
+
+def _not_built(*_: Any) -> None:
+    raise RuntimeError(_NOT_BUILT)
+
+
+for _name in TRITON_OPS:
+    torch.library.impl(f"lion_kernels::{_name}", "CUDA")(_triton(_name))
+if _ops._C is None or not _ops._C.build_info()["cuda"]:
+    for _name in CUDA_OPS:
+        torch.library.impl(f"lion_kernels::{_name}", "CUDA")(_not_built)

@@ -1,0 +1,56 @@
+// What tally and elect accept; see the schemas in lion_kernels/_ops.py.
+#include "tally_checks.h"
+
+#include "cpu.h"
+
+namespace lion {
+namespace {
+
+int bit_length(int64_t x) { return x == 0 ? 0 : 64 - __builtin_clzll(static_cast<uint64_t>(x)); }
+
+TallyRows check_rows(const at::Tensor& ballots, const at::Tensor& out, const char* name,
+                     int64_t scale) {
+  check_planes(ballots, "ballots", 3);
+  check_planes(out, name, 2);
+  TORCH_CHECK_VALUE(ballots.size(2) == out.size(1), name, " must have ", ballots.size(2),
+                    " words a plane, got ", out.size(1));
+  TORCH_CHECK_VALUE(ballots.size(0) >= 1 && ballots.size(1) >= 1,
+                    "ballots must hold at least one plane, got shape ", ballots.sizes());
+  TORCH_CHECK_VALUE(scale >= 1 && bit_length(scale) <= kMaxPlanes, "scale must be in [1, ",
+                    (1 << kMaxPlanes) - 1, "], got ", scale);
+  TORCH_CHECK_VALUE(ballots.size(1) <= bit_length(scale), "ballots of ", ballots.size(1),
+                    " planes can exceed scale ", scale);
+  TallyRows rows{};
+  rows.ballots = reinterpret_cast<const uint32_t*>(ballots.const_data_ptr<int32_t>());
+  rows.ballot_stride = ballots.stride(0);
+  rows.plane_stride = ballots.stride(1);
+  rows.n_ballots = ballots.size(0);
+  rows.planes_in = static_cast<int>(ballots.size(1));
+  rows.planes_out = bit_length(scale);
+  rows.scale = static_cast<uint32_t>(scale);
+  rows.out = reinterpret_cast<uint32_t*>(out.data_ptr<int32_t>());
+  rows.out_stride = out.stride(0);
+  return rows;
+}
+
+}  // namespace
+
+TallyRows check_tally(const at::Tensor& ballots, const at::Tensor& tally, int64_t scale) {
+  const TallyRows rows = check_rows(ballots, tally, "tally", scale);
+  TORCH_CHECK_VALUE(tally.size(0) == rows.planes_out, "tally must have ", rows.planes_out,
+                    " planes for scale ", scale, ", got ", tally.size(0));
+  return rows;
+}
+
+TallyRows check_elect(const at::Tensor& ballots, const at::Tensor& verdict, int64_t scale,
+                      int64_t first_word) {
+  TallyRows rows = check_rows(ballots, verdict, "verdict", scale);
+  TORCH_CHECK_VALUE(verdict.size(0) == 1 || (verdict.size(0) == 2 && scale % 2 == 0),
+                    "verdict must have 1 plane, or 2 where scale is even; got ", verdict.size(0),
+                    " for scale ", scale);
+  rows.toss_ties = verdict.size(0) == 1;
+  rows.first_word = static_cast<uint64_t>(first_word);
+  return rows;
+}
+
+}  // namespace lion

@@ -1,0 +1,81 @@
+"""Room 3 on the GPU: unpacks the verdict, decays and updates p in one pass and one rounding.
+
+The arithmetic in words is reference.apply's.
+"""
+
+import triton
+import triton.language as tl
+
+from lion_kernels.kernels import bits
+
+
+@triton.jit
+def _is_present(presence_ptr, presence_stride, n_ranks, index):
+    """Whether any rank flagged tensor ``index`` of the list."""
+    seen = tl.zeros([32], tl.int32)
+    for first in range(0, n_ranks, 32):
+        rank = first + tl.arange(0, 32)
+        flags_ptr = presence_ptr + rank.to(tl.int64) * presence_stride + index // 32
+        seen |= tl.load(flags_ptr, mask=rank < n_ranks, other=0)
+    return tl.max((seen >> (index % 32).to(tl.int32)) & 1, 0) != 0
+
+
+@triton.jit
+def _integers(word_ptr, plane_stride, n_planes, used, PLANES: tl.constexpr):
+    """The integers (words, 32) of a tile. PLANES = 0: as many planes as ``n_planes`` says."""
+    bit = tl.arange(0, 32)[None, :]
+    v = (tl.load(word_ptr, mask=used, other=0)[:, None] >> bit) & 1
+    if PLANES == 2:
+        v += ((tl.load(word_ptr + plane_stride, mask=used, other=0)[:, None] >> bit) & 1) << 1
+    elif PLANES == 0:
+        for b in range(1, n_planes):
+            word = tl.load(word_ptr + b * plane_stride, mask=used, other=0)
+            v += ((word[:, None] >> bit) & 1) << b
+    return v
+
+
+@triton.jit
+def _apply_tile(
+    row, start, left, verdict_ptr, step_size, decay, scale,
+    words_per_shard, shard_stride, plane_stride, n_planes,
+    P: tl.constexpr, PLANES: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    p_ptr = bits.pointer(row, bits.DATA, start, P, MASKED)
+    p = bits.load(p_ptr, left, TILE, MASKED)
+    in_tile = tl.arange(0, TILE // 32)
+    words = (tl.load(row + bits.FIRST_WORD) + start // 32).to(tl.int32) + in_tile
+    word_ptr = verdict_ptr + bits.word_address(words, words_per_shard, shard_stride)
+    v = _integers(word_ptr, plane_stride, n_planes, 32 * in_tile < left, PLANES)
+    step = step_size * (2 * v - scale).to(tl.float32)
+    bits.store(p_ptr, tl.fma(p, decay + tl.zeros_like(p), -step), left, P, TILE, MASKED)
+
+
+@triton.jit(do_not_specialize=bits.RUNTIME)
+def _apply_kernel(
+    table_ptr, tile_rows_ptr, verdict_ptr, presence_ptr, step_ptr,
+    lr: "i64", lr_address: "i64", lr_bytes: "i32", weight_decay: "i64", scale: "i32",
+    inverse_scale: "i64",
+    words_per_shard: "i32", shard_stride: "i64", plane_stride: "i64", n_planes: "i32",
+    n_ranks: "i32", presence_stride: "i64", advance: "i32", found_inf_address: "i64",
+    P: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if not bits.is_set(found_inf_address):
+        if (tl.program_id(0) == 0) & (advance != 0):
+            tl.store(step_ptr, tl.load(step_ptr) + 1)
+        row, start, left = bits.row_of(table_ptr, tile_rows_ptr, BLOCK)
+        if _is_present(presence_ptr, presence_stride, n_ranks, tl.load(row + bits.INDEX)):
+            rate = bits.learning_rate(lr, lr_address, lr_bytes)
+            decay = (1.0 - rate * bits.float64(weight_decay)).to(tl.float32)
+            step_size = (rate * bits.float64(inverse_scale)).to(tl.float32)
+            if bits.is_full(row, left, BLOCK):
+                _apply_tile(
+                    row, start, left, verdict_ptr, step_size, decay, scale,
+                    words_per_shard, shard_stride, plane_stride, n_planes, P, PLANES, BLOCK, False,
+                )  # fmt: skip
+            else:
+                for i in range(0, left, bits.EDGE):
+                    _apply_tile(
+                        row, start + i, left - i, verdict_ptr, step_size, decay, scale,
+                        words_per_shard, shard_stride, plane_stride, n_planes,
+                        P, PLANES, bits.EDGE, True,
+                    )  # fmt: skip

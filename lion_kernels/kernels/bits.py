@@ -1,0 +1,164 @@
+"""What the Triton kernels share: table rows, tiles, moments, packed words, coins.
+
+A program handles BLOCK consecutive elements of one tensor: as one tile of BLOCK // 32 words of 32,
+read and written 16 bytes at a time, or, at a tensor's end and where pointers are not aligned, as
+masked tiles of EDGE elements. The arithmetic is that of csrc/lion_rows.h, the coins are those of csrc/coin.h. Every load
+becomes float32 at once: Triton's interpreter computes in the storage type otherwise.
+"""
+
+import triton
+import triton.language as tl
+
+# Columns of a table row, int64; launch.py fills them. A pointer of 0 is an absent tensor.
+DATA = tl.constexpr(0)
+GRAD = tl.constexpr(1)
+EXP_AVG = tl.constexpr(2)
+NUMEL = tl.constexpr(3)
+FIRST_WORD = tl.constexpr(4)  # place in the group's word space
+FIRST_TILE = tl.constexpr(5)  # the program that handles the tensor's first tile
+ALIGNED = tl.constexpr(6)  # whether every pointer of the row is a multiple of 16
+INDEX = tl.constexpr(7)  # place in the list; -1: no tensor, words that only fill the ballot
+COLUMNS = tl.constexpr(8)
+
+# A multiple of 32; small, so that the masked path does not decide how many registers a kernel needs.
+EDGE = tl.constexpr(512)
+
+# Arguments whose value must not make another kernel: one compiled kernel for every model and step.
+RUNTIME = (
+    "lr", "lr_address", "lr_bytes", "weight_decay", "complement1", "complement2", "key", "scale",
+    "inverse_scale",
+    "words_per_shard", "shard_stride", "plane_stride", "n_planes", "n_ranks", "presence_stride",
+    "flags_stride", "n_flag_words", "n_tiles", "advance", "grad_scale_address", "found_inf_address",
+)  # fmt: skip
+
+
+@triton.jit
+def row_of(table_ptr, tile_rows_ptr, BLOCK: tl.constexpr):
+    """This program's row, its first element there, and how many elements it has, int32."""
+    tile = tl.program_id(0)
+    row = table_ptr + tl.load(tile_rows_ptr + tile).to(tl.int64) * COLUMNS
+    start = (tile - tl.load(row + FIRST_TILE)) * BLOCK
+    return row, start, tl.minimum(tl.load(row + NUMEL) - start, BLOCK).to(tl.int32)
+
+
+@triton.jit
+def is_full(row, left, BLOCK: tl.constexpr):
+    """Whether the program has one tile without masks."""
+    return (tl.load(row + ALIGNED) != 0) & (left == BLOCK)
+
+
+@triton.jit
+def pointer(row, column, start, DTYPE: tl.constexpr, MASKED: tl.constexpr):
+    """To the tile's first element of the row's tensor in ``column``."""
+    ptr = tl.load(row + column).to(tl.pointer_type(DTYPE)) + start
+    return ptr if MASKED else tl.multiple_of(ptr, 16)
+
+
+@triton.jit
+def elements(TILE: tl.constexpr):
+    """Positions in the tile, (words, 32)."""
+    return 32 * tl.arange(0, TILE // 32)[:, None] + tl.arange(0, 32)[None, :]
+
+
+@triton.jit
+def load(ptr, left, TILE: tl.constexpr, MASKED: tl.constexpr):
+    x = elements(TILE)
+    if MASKED:
+        return tl.load(ptr + x, mask=x < left, other=0.0).to(tl.float32)
+    return tl.load(ptr + x).to(tl.float32)
+
+
+@triton.jit
+def store(ptr, tile, left, DTYPE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
+    x = elements(TILE)
+    if MASKED:
+        tl.store(ptr + x, tile.to(DTYPE), mask=x < left)
+    else:
+        tl.store(ptr + x, tile.to(DTYPE))
+
+
+@triton.jit
+def float64(value):
+    """The float64 whose bits ``value`` holds: launches take integers and float32 only."""
+    return value.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def is_set(address):
+    """Whether the float32 scalar at ``address`` (0: absent) is there and not zero."""
+    value = 0.0
+    if address != 0:
+        value = tl.load(address.to(tl.int64).to(tl.pointer_type(tl.float32)))
+    return value != 0.0
+
+
+@triton.jit
+def learning_rate(lr_bits, lr_address, lr_bytes):
+    """The float64 lr: a scalar of the launch, or what lies at ``lr_address`` on the device."""
+    lr = float64(lr_bits)
+    if lr_address != 0:
+        if lr_bytes == 8:
+            lr = tl.load(lr_address.to(tl.int64).to(tl.pointer_type(tl.float64)))
+        else:
+            lr = tl.load(lr_address.to(tl.int64).to(tl.pointer_type(tl.float32))).to(tl.float64)
+    return lr
+
+
+@triton.jit
+def complement(bits, grad_scale_address):
+    """What gradients are multiplied by, +-(1 - beta), over the grad scale where there is one."""
+    value = float64(bits).to(tl.float32)
+    if grad_scale_address != 0:
+        scale = tl.load(grad_scale_address.to(tl.int64).to(tl.pointer_type(tl.float32)))
+        value = tl.div_rn(value, scale)
+    return value
+
+
+@triton.jit
+def interpolate(g, m, beta, complement):
+    """beta * m + complement * g: the product with m rounded, the sum fused."""
+    return tl.fma(g, complement + tl.zeros_like(g), m * beta)
+
+
+@triton.jit
+def count(flags, counter_ptr):
+    """Adds the number of true ``flags`` to the counter; a tile without any writes nothing."""
+    n = tl.sum(tl.sum(flags.to(tl.int32), 1), 0)
+    if n > 0:
+        tl.atomic_add(counter_ptr, n.to(tl.int64))
+
+
+@triton.jit
+def pack(flags):
+    """Booleans (words, 32) as ballot words (words,)."""
+    return tl.sum(flags.to(tl.int32) << tl.arange(0, 32)[None, :], 1)
+
+
+@triton.jit
+def word_address(words, words_per_shard, shard_stride):
+    """Where words of the group's word space (int32) lie in plane 0 of (shards, planes, words)."""
+    shard = words // words_per_shard
+    return shard.to(tl.int64) * shard_stride + (words - shard * words_per_shard)
+
+
+@triton.jit
+def mix64(z):
+    """One step of SplitMix64; z is uint64."""
+    z = z + 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def coin_key(key, step_ptr):
+    """The key of this step's coins; ``key`` holds mix64(mix64(seed) ^ stream)."""
+    step = tl.load(step_ptr).to(tl.uint64, bitcast=True)
+    return mix64(key.to(tl.int64).to(tl.uint64, bitcast=True) ^ step)
+
+
+@triton.jit
+def coins(key, words):
+    """The 32 coins of each ballot word, as int32."""
+    z = mix64(key + words.to(tl.uint64) * 0x9E3779B97F4A7C15)
+    return (z >> 32).to(tl.uint32).to(tl.int32, bitcast=True)

@@ -1,0 +1,250 @@
+"""Launchers of the Triton kernels: the ops of _ops.py on CUDA tensors, one launch for all tensors
+of a list with equal types.
+
+Checks, tables and launch configs; no arithmetic, and nothing waits for the device: an lr, a grad
+scale or a found_inf that lies there is read there. The interpreter runs them on CPU tensors.
+"""
+
+import struct
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from lion_kernels import _ops
+from lion_kernels.kernels.apply import _apply_kernel
+from lion_kernels.kernels.encode import _encode_kernel
+from lion_kernels.kernels.step import _step_kernel
+from lion_kernels.kernels.table import Launches, check_dense, identity, rows_by_dtypes, tables
+from lion_kernels.layout import pack_flags
+from lion_kernels.reference import mix64
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Elements of a tile (one program), its warps, and the registers a thread may take, which
+    tests/test_codegen.py holds the compiler to."""
+
+    block: int
+    num_warps: int
+    registers: int
+
+
+# Not yet measured on a GPU: 16 elements a thread, so that each has several 16-byte loads in flight;
+# 128 registers leave a multiprocessor 16 warps of them.
+STEP = Config(block=2048, num_warps=4, registers=128)
+ENCODE = Config(block=2048, num_warps=4, registers=128)
+APPLY = Config(block=2048, num_warps=4, registers=128)
+
+
+def options(config: Config) -> dict[str, object]:
+    """What the compiler is told. No fusing of its own: the kernels say themselves where a multiply
+    and an add are fused."""
+    return {"num_warps": config.num_warps, "enable_fp_fusion": False}
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _bits(x: float) -> int:
+    """A float64 as an int64 of the same bits: launches round floats to float32."""
+    return struct.unpack("<q", struct.pack("<d", x))[0]
+
+
+def _signed(x: int) -> int:
+    """A uint64 as the int64 of the same bits."""
+    return x - (x >> 63 << 64)
+
+
+def _is_on_host(scalar: Tensor) -> bool:
+    return scalar.device.type == "cpu"
+
+
+def _rate(lr: Tensor, device: torch.device) -> tuple[int, int, int]:
+    """lr as the launch takes it: float64 bits, or an address on the device and its bytes."""
+    if _is_on_host(lr):
+        return _bits(lr.item()), 0, 0
+    if lr.device != device or lr.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"a tensor lr must be float32 or float64 on the CPU or on {device}, "
+            f"got {lr.dtype} on {lr.device}"
+        )
+    return 0, lr.data_ptr(), lr.element_size()
+
+
+def _address(scalar: Tensor | None, name: str, device: torch.device) -> int:
+    if scalar is None:
+        return 0
+    if scalar.device != device or scalar.dtype != torch.float32:
+        raise ValueError(
+            f"{name} must be float32 on {device}, got {scalar.dtype} on {scalar.device}"
+        )
+    return scalar.data_ptr()
+
+
+def _check_place(tensor: Tensor, name: str, device: torch.device, dtype: torch.dtype) -> None:
+    if tensor.device != device or tensor.dtype != dtype:
+        raise ValueError(
+            f"{name} must be {dtype} on {device}, got {tensor.dtype} on {tensor.device}"
+        )
+
+
+def _check_words(planes: Tensor, name: str, device: torch.device, n_words: int = 0) -> None:
+    if planes.device != device:
+        raise ValueError(f"{name} must be on {device}, got {planes.device}")
+    if planes.shape[-1] > 1 and planes.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must have unit stride in its last dimension, got strides {planes.stride()}"
+        )
+    if n_words >= 2**31:
+        raise ValueError(f"a group must have fewer than 2**31 ballot words, got {n_words}")
+
+
+def _complements(beta1: float, beta2: float, maximize: bool) -> tuple[int, int]:
+    sign = -1.0 if maximize else 1.0
+    return _bits(sign * (1.0 - beta1)), _bits(sign * (1.0 - beta2))
+
+
+def lion_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    maximize: bool,
+    nonfinite: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """See reference.lion_step."""
+    _ops.check_lion_step(
+        params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite, grad_scale,
+        found_inf,
+    )  # fmt: skip
+    if not params:
+        return
+    device = params[0].device
+
+    def launches() -> Launches:
+        check_dense(params, "params", params)
+        check_dense(grads, "grads", params)
+        check_dense(exp_avgs, "exp_avgs", params)
+        return rows_by_dtypes(params, grads, exp_avgs, (params, exp_avgs))
+
+    key = ("lion_step", identity(params), identity(grads), identity(exp_avgs))
+    if nonfinite is not None:
+        _check_place(nonfinite, "nonfinite", device, torch.int64)
+    complement1, complement2 = _complements(beta1, beta2, maximize)
+    rate = _rate(lr, device)
+    scale_address = _address(grad_scale, "grad_scale", device)
+    found_inf_address = _address(found_inf, "found_inf", device)
+    with _on(device):
+        for (p_dtype, m_dtype), table in tables(key, STEP.block, device, launches):
+            _step_kernel[(table.n_tiles,)](
+                table.rows, table.tile_rows, nonfinite, *rate, _bits(weight_decay),
+                beta1, complement1, beta2, complement2, scale_address, found_inf_address,
+                P=TRITON_DTYPES[p_dtype], M=TRITON_DTYPES[m_dtype], SKIP=nonfinite is not None,
+                BLOCK=STEP.block, **options(STEP),
+            )  # fmt: skip
+
+
+def encode(
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    ballot: Tensor,
+    flags: Tensor,
+    beta1: float,
+    beta2: float,
+    maximize: bool,
+    seed: int,
+    rank: int,
+    step: Tensor,
+    nonfinite: Tensor,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """See reference.encode."""
+    _ops.check_encode(
+        grads, exp_avgs, ballot, flags, beta1, beta2, maximize, seed, rank, step, nonfinite,
+        grad_scale, found_inf,
+    )  # fmt: skip
+    device = ballot.device
+    shards, planes, words_per_shard = ballot.shape
+    n_words = shards * words_per_shard
+
+    def launches() -> Launches:
+        check_dense(exp_avgs, "exp_avgs", exp_avgs, device)
+        check_dense(grads, "grads", exp_avgs)
+        absent = [None] * len(exp_avgs)
+        return rows_by_dtypes(absent, grads, exp_avgs, (grads, exp_avgs), n_words)
+
+    def flag_words() -> list[int]:
+        return pack_flags([g is not None for g in grads], flags.shape[1])
+
+    key = ("encode", n_words, flags.shape[1], identity(grads), identity(exp_avgs))
+    _check_words(ballot, "ballot", device, n_words)
+    _check_words(flags, "flags", device, n_words)
+    _check_place(step, "step", device, torch.int64)
+    _check_place(nonfinite, "nonfinite", device, torch.int64)
+    complement1, complement2 = _complements(beta1, beta2, maximize)
+    coin_key = _signed(mix64(mix64(seed) ^ rank))
+    scale_address = _address(grad_scale, "grad_scale", device)
+    found_inf_address = _address(found_inf, "found_inf", device)
+    with _on(device):
+        found = tables(key, ENCODE.block, device, launches, flag_words)
+        for i, ((g_dtype, m_dtype), table) in enumerate(found):
+            # The first launch has a program more for each shard, which writes its flags.
+            n_programs = table.n_tiles + (shards if i == 0 else 0)
+            _encode_kernel[(n_programs,)](
+                table.rows, table.tile_rows, ballot, flags, table.flags, nonfinite, step,
+                beta1, complement1, beta2, complement2, coin_key,
+                max(1, words_per_shard), ballot.stride(0), ballot.stride(1), flags.stride(0),
+                flags.shape[1], table.n_tiles, scale_address, found_inf_address,
+                G=TRITON_DTYPES[g_dtype], M=TRITON_DTYPES[m_dtype], TERNARY=planes == 2,
+                BLOCK=ENCODE.block, **options(ENCODE),
+            )  # fmt: skip
+
+
+def apply(
+    params: Sequence[Tensor],
+    verdict: Tensor,
+    presence: Tensor,
+    scale: int,
+    lr: Tensor,
+    weight_decay: float,
+    step: Tensor,
+    found_inf: Tensor | None = None,
+) -> None:
+    """See reference.apply."""
+    _ops.check_apply(params, verdict, presence, scale, lr, weight_decay, step, found_inf)
+    device = verdict.device
+    shards, planes, words_per_shard = verdict.shape
+
+    def launches() -> Launches:
+        check_dense(params, "params", params, device)
+        absent = [None] * len(params)
+        return rows_by_dtypes(params, absent, absent, (params,))
+
+    key = ("apply", identity(params))
+    _check_words(verdict, "verdict", device, shards * words_per_shard)
+    _check_words(presence, "presence", device)
+    _check_place(step, "step", device, torch.int64)
+    rate = _rate(lr, device)
+    found_inf_address = _address(found_inf, "found_inf", device)
+    with _on(device):
+        for i, ((dtype,), table) in enumerate(tables(key, APPLY.block, device, launches)):
+            _apply_kernel[(table.n_tiles,)](
+                table.rows, table.tile_rows, verdict, presence, step, *rate, _bits(weight_decay),
+                scale, _bits(1.0 / scale), max(1, words_per_shard), verdict.stride(0), verdict.stride(1), planes,
+                presence.shape[0], presence.stride(0), int(i == 0), found_inf_address,
+                P=TRITON_DTYPES[dtype], PLANES=planes if planes <= 2 else 0,
+                BLOCK=APPLY.block, **options(APPLY),
+            )  # fmt: skip

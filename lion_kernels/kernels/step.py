@@ -1,0 +1,61 @@
+"""Lion on one device: encode and apply fused, one pass over p, g and m, no ballots.
+
+The arithmetic in words is reference.lion_step's.
+"""
+
+import triton
+import triton.language as tl
+
+from lion_kernels.kernels import bits
+
+
+@triton.jit
+def _step_tile(
+    row, start, left, nonfinite_ptr, lr, decay, beta1, complement1, beta2, complement2,
+    P: tl.constexpr, M: tl.constexpr, SKIP: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    p_ptr = bits.pointer(row, bits.DATA, start, P, MASKED)
+    g_ptr = bits.pointer(row, bits.GRAD, start, P, MASKED)
+    m_ptr = bits.pointer(row, bits.EXP_AVG, start, M, MASKED)
+    p = bits.load(p_ptr, left, TILE, MASKED)
+    g = bits.load(g_ptr, left, TILE, MASKED)
+    m = bits.load(m_ptr, left, TILE, MASKED)
+    c = bits.interpolate(g, m, beta1, complement1)
+    # Neither above nor below 0: a zero, or a NaN that must stay visible.
+    sign = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, c))
+    next_p = tl.fma(p, decay + tl.zeros_like(p), -(lr * sign))
+    next_m = bits.interpolate(g, m, beta2, complement2)
+    if SKIP:
+        finite = tl.abs(c) < float("inf")
+        next_p, next_m = tl.where(finite, next_p, p), tl.where(finite, next_m, m)
+        bits.count(~finite, nonfinite_ptr)
+    bits.store(p_ptr, next_p, left, P, TILE, MASKED)
+    bits.store(m_ptr, next_m, left, M, TILE, MASKED)
+
+
+@triton.jit(do_not_specialize=bits.RUNTIME)
+def _step_kernel(
+    table_ptr, tile_rows_ptr, nonfinite_ptr, lr: "i64", lr_address: "i64", lr_bytes: "i32",
+    weight_decay: "i64", beta1, complement1: "i64", beta2, complement2: "i64",
+    grad_scale_address: "i64", found_inf_address: "i64",
+    P: tl.constexpr, M: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if not bits.is_set(found_inf_address):
+        row, start, left = bits.row_of(table_ptr, tile_rows_ptr, BLOCK)
+        rate = bits.learning_rate(lr, lr_address, lr_bytes)
+        decay = (1.0 - rate * bits.float64(weight_decay)).to(tl.float32)
+        step_size = rate.to(tl.float32)
+        c1 = bits.complement(complement1, grad_scale_address)
+        c2 = bits.complement(complement2, grad_scale_address)
+        if bits.is_full(row, left, BLOCK):
+            _step_tile(
+                row, start, left, nonfinite_ptr, step_size, decay, beta1, c1, beta2, c2,
+                P, M, SKIP, BLOCK, False,
+            )  # fmt: skip
+        else:
+            for i in range(0, left, bits.EDGE):
+                _step_tile(
+                    row, start + i, left - i, nonfinite_ptr, step_size, decay, beta1, c1, beta2, c2,
+                    P, M, SKIP, bits.EDGE, True,
+                )  # fmt: skip
