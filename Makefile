@@ -1,6 +1,6 @@
 # Two commands do everything, set-up included:  make train   make test
 #
-#   make train | test | lint | bench | mutants | clean
+#   make train | test | lint | bench | mutants | codegen | gpu-check | clean
 #   make PY=python3 test     that interpreter as it is: installs nothing, works offline
 #
 # Without PY the commands run in .venv, created on first use (from PYTHON, default python3).
@@ -18,7 +18,7 @@ endif
 SOURCES := setup.py lion_kernels/_version.py $(wildcard csrc/*)
 BUILT := build/.built
 
-.PHONY: train test lint format bench mutants clean built
+.PHONY: train test lint format bench mutants codegen gpu-check clean built
 .DELETE_ON_ERROR:
 
 # The library in the tree belongs to one interpreter: another one builds its own.
@@ -39,15 +39,25 @@ lint: $(ENV)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
-	@$(RUN) -c "import clang_format; clang_format.clang_format()" --dry-run --Werror csrc/*.cpp csrc/*.h bench/*.cpp
+	@$(RUN) -c "import clang_format; clang_format.clang_format()" --dry-run --Werror csrc/*.cpp csrc/*.cu csrc/*.h bench/*.cpp tests/*.cpp tests/*.h
 
 format: $(ENV)
 	@$(RUN) -m ruff check --fix . || true
 	@$(RUN) -m ruff format .
-	@$(RUN) -c "import clang_format; clang_format.clang_format()" -i csrc/*.cpp csrc/*.h bench/*.cpp
+	@$(RUN) -c "import clang_format; clang_format.clang_format()" -i csrc/*.cpp csrc/*.cu csrc/*.h bench/*.cpp tests/*.cpp tests/*.h
 
 bench: built
 	@PYTHONPATH=. $(RUN) bench/cpu.py $(ARGS)
+
+# What the compiler makes of every Triton kernel that ships, for GPUs that need not be there.
+codegen: built
+	@PYTHONPATH=. $(RUN) tests/codegen.py $(ARGS)
+
+# On any machine with a CUDA GPU, offline, within 8 minutes: builds, tests, sanitizer, benches.
+# Writes one JSON and one table under bench/results/.
+gpu-check: export LION_KERNELS_CUDA ?= 1
+gpu-check: built
+	@PYTHONPATH=. $(RUN) bench/gpu_check.py $(ARGS)
 
 # Breaks a copy of the library on purpose, again and again; every break must fail a test.
 mutants: built

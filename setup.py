@@ -58,7 +58,12 @@ def sources() -> tuple[list[str], list[str]]:
 
 
 cpp, cu = sources()
-archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0") if cu else ""
+archs = ""
+if cu:
+    # CUDA 12.8 is the first that knows sm_100; PTX serves what comes after.
+    knows_blackwell = tuple(map(int, torch.version.cuda.split(".")[:2])) >= (12, 8)
+    default = "8.0;9.0;10.0+PTX" if knows_blackwell else "8.0;9.0+PTX"
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", default)
 if cu:
     os.environ["TORCH_CUDA_ARCH_LIST"] = archs
 Extension = cpp_extension.CUDAExtension if cu else cpp_extension.CppExtension

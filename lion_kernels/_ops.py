@@ -21,8 +21,8 @@ try:
 except ImportError as error:
     _load_error = error
 
-# Where an op takes them: `grad_scale`, float32 (1,), divides the gradients; with `found_inf`,
-# float32 (1,), not zero, the op changes nothing. `step`: int64 (1,), the step that the coins are of.
+# Where an op takes them: `grad_scale`, float32 (1,), divides the gradients; where `found_inf`,
+# float32 (1,), is not zero, the op changes nothing; `step`, int64 (1,), goes into the coins.
 SCHEMAS = {
     # One device: encode and apply in one pass. `nonfinite`: int64 (1,), counts skipped elements;
     # without it nothing is skipped and a NaN shows in the parameter.
@@ -39,7 +39,7 @@ SCHEMAS = {
     # verdict: (1 or 2 planes, words). `first_word`: position of word 0 in the group, for the coins.
     "elect": "(Tensor ballots, Tensor(a!) verdict, int scale, int first_word, int seed, "
     "Tensor step) -> ()",
-    # verdict: (shards, planes, words); presence: (ranks, flag words). Ends a step: adds 1 to `step`.
+    # verdict: (shards, planes, words); presence: (ranks, flag words). Adds 1 to `step`.
     "apply": "(Tensor(a!)[] params, Tensor verdict, Tensor presence, int scale, Tensor lr, "
     "float weight_decay, Tensor(b!) step, Tensor? found_inf=None) -> ()",
 }

@@ -254,13 +254,16 @@ class Lion(Optimizer):
         return loss
 
     def _agreed(self, found_inf: Tensor | None) -> Tensor | None:
-        """Whether this step is skipped: what GradScaler found in the gradients, here or anywhere."""
+        """Whether to skip this step: what GradScaler found in the gradients, on any rank."""
         return found_inf
 
     def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """grad_scale and found_inf as the ops take them, where GradScaler set them."""
-        scalars = getattr(self, "grad_scale", None), self._found_inf
-        return tuple(None if t is None else t.to(device, non_blocking=True) for t in scalars)
+        scale, found_inf = getattr(self, "grad_scale", None), self._found_inf
+        return (
+            None if scale is None else scale.to(device, non_blocking=True),
+            None if found_inf is None else found_inf.to(device, non_blocking=True),
+        )
 
     def _after_step(self) -> None:
         """What a subclass does at the end of a step. It must not override step itself: torch wraps

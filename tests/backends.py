@@ -4,6 +4,7 @@ The GPU's kernels run on a GPU where there is one. Where there is none, the Trit
 Triton's interpreter and the CUDA source under a shim on the host, on CPU tensors.
 """
 
+# ruff: noqa: E402  (Triton reads the environment when it is imported)
 import functools
 import os
 import tempfile

@@ -52,9 +52,8 @@ def variants():
         constants = {
             "P": launch.TRITON_DTYPES[dtype], "PLANES": planes, "BLOCK": launch.APPLY.block
         }  # fmt: skip
-        yield "apply", f"{p}, planes {planes or 'any'}", constants, (dtype.itemsize,) * 1, (
-            dtype.itemsize,
-        )
+        size = (dtype.itemsize,)
+        yield "apply", f"{p}, planes {planes or 'any'}", constants, size, size
 
 
 KERNELS = {

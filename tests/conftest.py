@@ -1,8 +1,8 @@
 """Fixtures: the op back ends, and worlds of real Gloo processes."""
 
-import backends  # first: it says how Triton's kernels run
 import pytest
 
+import backends  # first: it says how Triton's kernels run
 from ranks import World
 
 

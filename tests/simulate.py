@@ -47,7 +47,8 @@ class SimulatedWorld:
         for rank, mine in enumerate(self.buffers):
             ops.encode(
                 grads[rank], self.exp_avgs[rank], layout.planes_of(mine.ballot),
-                layout.flags_of(mine.ballot), *self.betas, False, self.seed, rank, step_of(self.steps), no_counts(),
+                layout.flags_of(mine.ballot), *self.betas, False, self.seed, rank,
+                step_of(self.steps), no_counts(),
             )  # fmt: skip
         for rank, mine in enumerate(self.buffers):
             shard = rank if self.exchange == "sharded" else 0

@@ -500,8 +500,12 @@ def test_grad_scaler(dtype, unscaled_first):
         scaler.update()
         assert all(bits_equal(p.grad, g) for p, g in zip(params, grads, strict=True))
         if step == 3:
-            assert all(bits_equal(p.detach(), b.detach()) for p, b in zip(params, before, strict=True))
-            assert all(bits_equal(opt.state[p]["exp_avg"], m) for p, m in zip(params, state, strict=True))
+            assert all(
+                bits_equal(p.detach(), b.detach()) for p, b in zip(params, before, strict=True)
+            )
+            assert all(
+                bits_equal(opt.state[p]["exp_avg"], m) for p, m in zip(params, state, strict=True)
+            )
             assert scaler.get_scale() == scale / 2
             continue
         plain.step()

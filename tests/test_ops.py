@@ -67,7 +67,10 @@ BAD = {
     "flag rows": (*changed("encode", 3, ints(3, 4)), "a row for each of 2 shards"),
     "flag room": (*changed("encode", 3, ints(2, 0)), "flags has 0 flags, got 2 tensors"),
     "grad scale": (*changed("encode, scaled", 11, torch.ones(2)), "grad_scale must have one"),
-    "found_inf": (*changed("encode, scaled", 12, torch.ones(1).long()), "found_inf must be float32"),
+    "found_inf": (
+        *changed("encode, scaled", 12, torch.ones(1).long()),
+        "found_inf must be float32",
+    ),
     "end of step": (*changed("apply", 6, torch.zeros(3).long()), "step must have one"),
     "tally planes": (*changed("tally", 1, ints(2, 8)), "3 planes for scale 5"),
     "tally words": (*changed("tally", 1, ints(3, 4)), "8 words"),

@@ -53,10 +53,10 @@ def _apply_tile(
 @triton.jit(do_not_specialize=bits.RUNTIME)
 def _apply_kernel(
     table_ptr, tile_rows_ptr, verdict_ptr, presence_ptr, step_ptr,
-    lr: "i64", lr_address: "i64", lr_bytes: "i32", weight_decay: "i64", scale: "i32",
-    inverse_scale: "i64",
-    words_per_shard: "i32", shard_stride: "i64", plane_stride: "i64", n_planes: "i32",
-    n_ranks: "i32", presence_stride: "i64", advance: "i32", found_inf_address: "i64",
+    lr: tl.int64, lr_address: tl.int64, lr_bytes: tl.int32, weight_decay: tl.int64, scale: tl.int32,
+    inverse_scale: tl.int64,
+    words_per_shard: tl.int32, shard_stride: tl.int64, plane_stride: tl.int64, n_planes: tl.int32,
+    n_ranks: tl.int32, presence_stride: tl.int64, advance: tl.int32, found_inf_address: tl.int64,
     P: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if not bits.is_set(found_inf_address):

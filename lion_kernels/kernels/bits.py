@@ -2,8 +2,9 @@
 
 A program handles BLOCK consecutive elements of one tensor: as one tile of BLOCK // 32 words of 32,
 read and written 16 bytes at a time, or, at a tensor's end and where pointers are not aligned, as
-masked tiles of EDGE elements. The arithmetic is that of csrc/lion_rows.h, the coins are those of csrc/coin.h. Every load
-becomes float32 at once: Triton's interpreter computes in the storage type otherwise.
+masked tiles of EDGE elements. The arithmetic is that of csrc/lion_rows.h, the coins are those of
+csrc/coin.h. Every load becomes float32 at once: Triton's interpreter computes in the storage type
+otherwise.
 """
 
 import triton
@@ -20,7 +21,7 @@ ALIGNED = tl.constexpr(6)  # whether every pointer of the row is a multiple of 1
 INDEX = tl.constexpr(7)  # place in the list; -1: no tensor, words that only fill the ballot
 COLUMNS = tl.constexpr(8)
 
-# A multiple of 32; small, so that the masked path does not decide how many registers a kernel needs.
+# A multiple of 32; small, so that the masked path does not decide how many registers there are.
 EDGE = tl.constexpr(512)
 
 # Arguments whose value must not make another kernel: one compiled kernel for every model and step.
@@ -121,9 +122,11 @@ def interpolate(g, m, beta, complement):
 
 
 @triton.jit
-def count(flags, counter_ptr):
-    """Adds the number of true ``flags`` to the counter; a tile without any writes nothing."""
-    n = tl.sum(tl.sum(flags.to(tl.int32), 1), 0)
+def count_nonfinite(c, counter_ptr):
+    """Adds to the counter how many of ``c`` are not finite; a tile without any writes nothing."""
+    # Exponent bits all set carry into the top bit. Comparisons would be gathered on the stack.
+    magnitude = c.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+    n = tl.sum(tl.sum(((magnitude + 0x00800000) >> 31).to(tl.int32), 1), 0)
     if n > 0:
         tl.atomic_add(counter_ptr, n.to(tl.int64))
 

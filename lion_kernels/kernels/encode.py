@@ -24,7 +24,7 @@ def _votes_tile(
     finite = tl.abs(c) < float("inf")
     next_m = tl.where(finite, bits.interpolate(g, m, beta2, complement2), m)
     bits.store(m_ptr, next_m, left, M, TILE, MASKED)
-    bits.count(~finite, nonfinite_ptr)
+    bits.count_nonfinite(c, nonfinite_ptr)
     return tl.where(finite, c, 0.0)
 
 
@@ -69,10 +69,10 @@ def _write_flags(flags_ptr, flags_stride, flag_source_ptr, n_flag_words, shard):
 @triton.jit(do_not_specialize=bits.RUNTIME)
 def _encode_kernel(
     table_ptr, tile_rows_ptr, ballot_ptr, flags_ptr, flag_source_ptr, nonfinite_ptr, step_ptr,
-    beta1, complement1: "i64", beta2, complement2: "i64", key: "i64",
-    words_per_shard: "i32", shard_stride: "i64", plane_stride: "i64",
-    flags_stride: "i64", n_flag_words: "i32", n_tiles: "i32",
-    grad_scale_address: "i64", found_inf_address: "i64",
+    beta1, complement1: tl.int64, beta2, complement2: tl.int64, key: tl.int64,
+    words_per_shard: tl.int32, shard_stride: tl.int64, plane_stride: tl.int64,
+    flags_stride: tl.int64, n_flag_words: tl.int32, n_tiles: tl.int32,
+    grad_scale_address: tl.int64, found_inf_address: tl.int64,
     G: tl.constexpr, M: tl.constexpr, TERNARY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     shard = tl.program_id(0) - n_tiles

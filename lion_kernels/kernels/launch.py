@@ -27,25 +27,29 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 @dataclass(frozen=True)
 class Config:
-    """Elements of a tile (one program), its warps, and the registers a thread may take, which
-    tests/test_codegen.py holds the compiler to."""
+    """Elements of a tile (one program), its warps, and the registers that a thread may take:
+    tests/test_codegen.py shows that none spills."""
 
     block: int
     num_warps: int
     registers: int
 
 
-# Not yet measured on a GPU: 16 elements a thread, so that each has several 16-byte loads in flight;
-# 128 registers leave a multiprocessor 16 warps of them.
-STEP = Config(block=2048, num_warps=4, registers=128)
-ENCODE = Config(block=2048, num_warps=4, registers=128)
-APPLY = Config(block=2048, num_warps=4, registers=128)
+# Not yet measured on a GPU. 8 elements a thread: up to six 16-byte loads in flight each, and 64
+# registers leave a multiprocessor 32 warps.
+STEP = Config(block=2048, num_warps=8, registers=64)
+ENCODE = Config(block=2048, num_warps=8, registers=64)
+APPLY = Config(block=2048, num_warps=8, registers=64)
 
 
 def options(config: Config) -> dict[str, object]:
     """What the compiler is told. No fusing of its own: the kernels say themselves where a multiply
     and an add are fused."""
-    return {"num_warps": config.num_warps, "enable_fp_fusion": False}
+    return {
+        "num_warps": config.num_warps,
+        "maxnreg": config.registers,
+        "enable_fp_fusion": False,
+    }
 
 
 def _on(device: torch.device) -> AbstractContextManager:
@@ -243,7 +247,8 @@ def apply(
         for i, ((dtype,), table) in enumerate(tables(key, APPLY.block, device, launches)):
             _apply_kernel[(table.n_tiles,)](
                 table.rows, table.tile_rows, verdict, presence, step, *rate, _bits(weight_decay),
-                scale, _bits(1.0 / scale), max(1, words_per_shard), verdict.stride(0), verdict.stride(1), planes,
+                scale, _bits(1.0 / scale),
+                max(1, words_per_shard), verdict.stride(0), verdict.stride(1), planes,
                 presence.shape[0], presence.stride(0), int(i == 0), found_inf_address,
                 P=TRITON_DTYPES[dtype], PLANES=planes if planes <= 2 else 0,
                 BLOCK=APPLY.block, **options(APPLY),

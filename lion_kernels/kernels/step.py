@@ -29,16 +29,16 @@ def _step_tile(
     if SKIP:
         finite = tl.abs(c) < float("inf")
         next_p, next_m = tl.where(finite, next_p, p), tl.where(finite, next_m, m)
-        bits.count(~finite, nonfinite_ptr)
+        bits.count_nonfinite(c, nonfinite_ptr)
     bits.store(p_ptr, next_p, left, P, TILE, MASKED)
     bits.store(m_ptr, next_m, left, M, TILE, MASKED)
 
 
 @triton.jit(do_not_specialize=bits.RUNTIME)
 def _step_kernel(
-    table_ptr, tile_rows_ptr, nonfinite_ptr, lr: "i64", lr_address: "i64", lr_bytes: "i32",
-    weight_decay: "i64", beta1, complement1: "i64", beta2, complement2: "i64",
-    grad_scale_address: "i64", found_inf_address: "i64",
+    table_ptr, tile_rows_ptr, nonfinite_ptr, lr: tl.int64, lr_address: tl.int64, lr_bytes: tl.int32,
+    weight_decay: tl.int64, beta1, complement1: tl.int64, beta2, complement2: tl.int64,
+    grad_scale_address: tl.int64, found_inf_address: tl.int64,
     P: tl.constexpr, M: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if not bits.is_set(found_inf_address):

@@ -173,8 +173,7 @@ def tables(
     found = _tables.get(key)
     if found is None:
         found = [
-            (dtypes, _build(rows, flags(), block, device))
-            for dtypes, rows in launches().items()
+            (dtypes, _build(rows, flags(), block, device)) for dtypes, rows in launches().items()
         ]
         _tables[key] = found
         _trim(_tables)

@@ -1,0 +1,307 @@
+"""On a GPU: the optimizers against their CPU twins bit for bit, graphs, GradScaler, no waiting.
+
+The ops themselves run on the GPU through the `backend` fixture of the other files.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import backends
+from common import bits_equal, exact, generator, lr_of, no_counts, step_of
+from lion_kernels import DistributedLion, Lion
+from lion_kernels.layout import BallotLayout
+
+pytestmark = pytest.mark.skipif(not backends.HAS_CUDA, reason="needs a CUDA device")
+OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.3}
+SHAPES = ((30, 20), (7,), (), (0,), (5, 3, 4, 4), (5000,))
+ops = torch.ops.lion_kernels
+
+
+def parameters(device, dtype=torch.float32):
+    gen = generator(0)
+    params = [torch.randn(shape, generator=gen).to(dtype) for shape in SHAPES]
+    params.append(torch.randn(6, 50, generator=gen).to(dtype).t())
+    params.append(
+        torch.randn(2, 3, 8, 8, generator=gen).to(dtype, memory_format=torch.channels_last)
+    )
+    params.append(torch.randn(301, generator=gen).to(dtype)[1:])
+    return [torch.nn.Parameter(p.to(device)) for p in params]
+
+
+def set_grads(params, seed):
+    gen = generator(seed)
+    for p in params:
+        g = torch.randn(p.shape, generator=gen).to(p.device, p.dtype)
+        if p.grad is None:
+            p.grad = g
+        else:
+            p.grad.copy_(g)
+
+
+def same(cuda, cpu):
+    return all(bits_equal(a.detach().cpu(), b.detach()) for a, b in zip(cuda, cpu, strict=True))
+
+
+@pytest.mark.parametrize("momentum_dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lion_takes_the_same_path_as_on_the_cpu(dtype, momentum_dtype):
+    runs = []
+    for device in ("cuda", "cpu"):
+        params = parameters(device, dtype)
+        opt = Lion(params, **OPTIONS, momentum_dtype=momentum_dtype)
+        for i in range(5):
+            set_grads(params, i)
+            opt.step()
+        runs.append(params + [opt.state[p]["exp_avg"] for p in params])
+    assert same(*runs)
+
+
+def test_a_step_waits_for_nothing():
+    params = parameters("cuda")
+    opt = Lion(params, **OPTIONS)
+    for i in range(2):
+        set_grads(params, i)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            opt.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_graph_with_a_live_lr():
+    """One captured step, replayed with new gradients and new learning rates, against eager."""
+    params, twins = parameters("cuda"), parameters("cpu")
+    lr, twin_lr = torch.tensor(1e-2, device="cuda"), torch.tensor(1e-2)
+    opt = Lion(params, **{**OPTIONS, "lr": lr})
+    twin = Lion(twins, **{**OPTIONS, "lr": twin_lr})
+
+    def eager(seed):
+        set_grads(twins, seed)
+        twin.step()
+
+    set_grads(params, 0)
+    opt.step()
+    eager(0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    for seed, rate in ((1, 1e-2), (2, 3e-3), (3, 0.5)):
+        set_grads(params, seed)
+        lr.fill_(rate)
+        twin_lr.fill_(rate)
+        graph.replay()
+        eager(seed)
+        assert same(params, twins)
+
+
+def test_graph_of_a_whole_training_step():
+    """Gradients that exist inside the graph alone: their table is built while it is captured."""
+    inputs = [torch.randn(70, 64, generator=generator(i)).cuda() for i in range(4)]
+    runs = []
+    for captured in (True, False):
+        weight = torch.nn.Parameter(torch.randn(70, 64, generator=generator(9)).cuda())
+        opt, x = Lion([weight], **OPTIONS), inputs[0].clone()
+
+        def train(weight=weight, opt=opt, x=x):
+            opt.zero_grad(set_to_none=True)
+            (weight * x).square().sum().backward()
+            opt.step()
+
+        run = train
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            train()
+        torch.cuda.current_stream().wait_stream(stream)
+        if captured:
+            opt.zero_grad(set_to_none=True)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                train()
+            run = graph.replay
+        for data in inputs[1:]:
+            x.copy_(data)
+            run()
+        runs.append((weight.detach(), opt.state[weight]["exp_avg"]))
+    assert all(bits_equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_capturing_before_the_first_step_is_refused():
+    p = torch.nn.Parameter(torch.zeros(12345, device="cuda"))
+    opt = Lion([p])
+    p.grad = torch.zeros_like(p)
+    with (
+        pytest.raises(RuntimeError, match="must run once before it is captured"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        opt.step()
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_the_vote_as_two_graphs(planes):
+    """encode; the collective, here a copy; elect and apply: two graphs, the step on the device."""
+    gen = generator(0)
+    numels, n = (700, 33, 5), 3
+    layout = BallotLayout(numels, planes, 1)
+    results = []
+    for device in ("cuda", "cpu"):
+        gen = generator(0)
+        params = [torch.randn(k, generator=gen).to(device) for k in numels]
+        m = [torch.zeros(k, device=device) for k in numels]
+        g = [torch.zeros(k, device=device) for k in numels]
+        ballot = torch.zeros(1, layout.chunk_words, dtype=torch.int32, device=device)
+        received = torch.zeros(n, layout.chunk_words, dtype=torch.int32, device=device)
+        verdict_planes = 2 if planes == 2 else 1
+        verdict = ballot.new_zeros(1, verdict_planes, layout.words_per_shard)
+        step = step_of(0).to(device)
+        lr = torch.tensor(0.1, device=device)
+        counter = no_counts().to(device)
+
+        def encode(g=g, m=m, ballot=ballot, step=step, counter=counter):
+            chunk = layout.planes_of(ballot), layout.flags_of(ballot)
+            ops.encode(g, m, *chunk, 0.5, 0.75, False, 7, 0, step, counter)
+
+        def decide(params=params, received=received, verdict=verdict, step=step, lr=lr):
+            ops.elect(layout.planes_of(received), verdict[0], n * planes, 0, 7, step)
+            flags = layout.flags_of(received)
+            ops.apply(params, verdict, flags, verdict.shape[1], lr, 0.3, step)
+
+        run = [encode, decide]
+        if device == "cuda":
+            start = [t.clone() for t in params + m]
+            encode()
+            received.copy_(ballot.expand_as(received))
+            decide()
+            for t, old in zip(params + m, start, strict=True):
+                t.copy_(old)
+            step.zero_()
+            counter.zero_()
+            run = []
+            for call in (encode, decide):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    call()
+                run.append(graph.replay)
+        for i in range(4):
+            gen = generator(i)
+            for t in g:
+                t.copy_(exact(t.numel(), gen))
+            lr.fill_(0.1 / (i + 1))
+            run[0]()
+            received.copy_(ballot.expand_as(received))
+            received[1:, : layout.words_per_shard * planes] ^= i
+            run[1]()
+        results.append([*params, *m, step])
+    assert same(*results)
+    assert results[0][-1].item() == 4
+
+
+def test_grad_scaler():
+    params, twins = parameters("cuda", torch.float16), parameters("cpu", torch.float16)
+    opt, twin = Lion(params, **OPTIONS), Lion(twins, **OPTIONS)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8)
+    scaler.scale(torch.ones((), device="cuda"))
+    for i in range(4):
+        set_grads(params, i)
+        set_grads(twins, i)
+        for p in params:
+            p.grad *= scaler.get_scale()
+        if i == 2:
+            params[0].grad[3, 3] = torch.inf
+            before = copy.deepcopy(params)
+        scaler.step(opt)
+        scaler.update()
+        if i == 2:
+            assert same(params, [p.detach().cpu() for p in before])
+        else:
+            twin.step()
+    assert same(params, twins)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lion_step", "lion_step, skipping", "encode", "encode, scaled", "tally", "elect", "apply"],
+)
+def test_opcheck(name):
+    from test_ops import arguments
+
+    args = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.cuda(), arguments()[name])
+    torch.library.opcheck(getattr(ops, name.split(",")[0]).default, args)
+
+
+def test_more_than_2_to_the_31_elements():
+    """Offsets beyond int32: the end of a tensor is updated like its beginning."""
+    n = 2**31 + 4099
+    free, _ = torch.cuda.mem_get_info()
+    if free < 8 * n:
+        pytest.skip(f"needs {8 * n / 1e9:.0f} GB of GPU memory, {free / 1e9:.0f} are free")
+    p = torch.ones(n, dtype=torch.bfloat16, device="cuda")
+    g, m = torch.full_like(p, -1.0), torch.zeros_like(p)
+    g[-5:] = 1.0
+    ops.lion_step([p], [g], [m], lr_of(0.5), 0.5, 0.5, 0.0, False)
+    assert (p[:5] == 1.5).all() and (p[2**31 - 5 : 2**31 + 5] == 1.5).all()
+    assert (p[-6] == 1.5) and (p[-5:] == 0.5).all() and (m[-5:] == 0.5).all()
+    layout = BallotLayout((n,), 1, 1)
+    chunks = torch.zeros(1, layout.chunk_words, dtype=torch.int32, device="cuda")
+    planes, flags = layout.planes_of(chunks), layout.flags_of(chunks)
+    step = step_of(0).cuda()
+    ops.encode([g], [m], planes, flags, 0.5, 0.5, False, 0, 0, step, no_counts().cuda())
+    ops.apply([p], planes, flags, 1, lr_of(0.5), 0.0, step)
+    assert (p[:5] == 2.0).all() and (p[2**31 - 5 : 2**31 + 5] == 2.0).all()
+    assert (p[-6] == 2.0) and (p[-5:] == 0.0).all()
+
+
+def vote(rank, device, options):
+    params = parameters(device)
+    opt = DistributedLion(params, **{**OPTIONS, "betas": (0.5, 0.75)}, **options)
+    for i in range(4):
+        gen = generator(100 * i + rank)
+        for p in params:
+            p.grad = exact(p.numel(), gen).view(p.shape).to(device)
+        params[i].grad = None if rank == i % 2 else params[i].grad
+        opt.step()
+    opt.verify_replicas()
+    return [p.detach().cpu() for p in params] + [opt.state[p]["exp_avg"].cpu() for p in params]
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "sharded"])
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_gloo_ranks_share_the_gpu(worlds, n, exchange):
+    """Several real processes on one GPU: the parameters and momenta of CPU ranks."""
+    options = {"exchange": exchange, "ties": "coin", "seed": 3}
+    on_gpu = worlds(n).run(vote, "cuda", options)
+    on_cpu = worlds(n).run(vote, "cpu", options)
+    for a, b in zip(on_gpu, on_cpu, strict=True):
+        assert all(bits_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def nccl_vote(rank, n, store, options):
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=n)
+    try:
+        return vote(rank, "cuda", options)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.nccl
+@pytest.mark.parametrize("exchange", ["allgather", "sharded"])
+def test_nccl_ranks(tmp_path, worlds, exchange):
+    n = min(torch.cuda.device_count(), 4)
+    if n < 2:
+        pytest.skip(f"needs two CUDA devices, got {n}")
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    options = {"exchange": exchange, "ties": "coin", "seed": 3}
+    with ProcessPoolExecutor(n, mp_context=get_context("spawn")) as pool:
+        store = str(tmp_path / "store")
+        jobs = [pool.submit(nccl_vote, rank, n, store, options) for rank in range(n)]
+        on_gpu = [job.result(timeout=100) for job in jobs]
+    on_cpu = worlds(n).run(vote, "cpu", options)
+    for a, b in zip(on_gpu, on_cpu, strict=True):
+        assert all(bits_equal(x, y) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,239 @@
+"""The launchers of the GPU kernels: launches, tables, scalars on the device, what they refuse.
+
+Runs on CPU tensors, in Triton's interpreter; with a GPU, test_cuda.py runs the same kernels there.
+"""
+
+import functools
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import backends
+from common import bits_equal, exact, generator, lr_of, no_counts, step_of
+from lion_kernels import Lion, kernels, reference
+from lion_kernels.kernels import launch, table
+from lion_kernels.layout import BallotLayout
+from simulate import SimulatedWorld
+
+pytestmark = pytest.mark.skipif(backends.HAS_CUDA, reason="the kernels are not interpreted here")
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """How often a kernel was launched and a table built, by name."""
+    seen = {"launch": 0, "build": 0}
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            seen["launch"] += 1
+            return self.kernel[grid]
+
+    for name in ("_step_kernel", "_encode_kernel", "_apply_kernel"):
+        monkeypatch.setattr(launch, name, Counted(getattr(launch, name)))
+    build = table._build
+
+    def counted_build(*args):
+        seen["build"] += 1
+        return build(*args)
+
+    monkeypatch.setattr(table, "_build", counted_build)
+    return seen
+
+
+def lists(numels, dtype=torch.float32, seed=0):
+    gen = generator(seed)
+    return [[exact(n, gen, dtype) for n in numels] for _ in range(3)]
+
+
+def step(p, g, m, lr=None):
+    lr = lr_of(0.1) if lr is None else lr
+    launch.lion_step(p, g, m, lr, 0.5, 0.75, 0.3, False)
+
+
+def test_one_launch_for_equal_types(counts):
+    """Forty tensors: one launch of each kernel; a second dtype: one more."""
+    p, g, m = lists([7] * 40)
+    step(p, g, m)
+    assert counts["launch"] == 1
+    layout = BallotLayout((7,) * 40, 1, 2)
+    chunks = torch.zeros(2, layout.chunk_words, dtype=torch.int32)
+    args = layout.planes_of(chunks), layout.flags_of(chunks)
+    launch.encode(g, m, *args, 0.5, 0.75, False, 0, 0, step_of(0), no_counts())
+    assert counts["launch"] == 2
+    launch.apply(p, layout.planes_of(chunks), args[1], 1, lr_of(0.1), 0.0, step_of(0))
+    assert counts["launch"] == 3
+    q, h, k = lists([7] * 3, torch.bfloat16)
+    step(p + q, g + h, m + k)
+    assert counts["launch"] == 5
+
+
+def test_a_table_is_built_when_a_pointer_changed(counts):
+    p, g, m = lists([100, 5])
+    for _ in range(3):
+        step(p, g, m)
+    assert counts["build"] == 1
+    g[1] = g[1].clone()
+    for _ in range(3):
+        step(p, g, m)
+    assert counts["build"] == 2
+    step(p[:1], g[:1], m[:1])
+    assert counts["build"] == 3
+
+
+def test_old_tables_are_dropped(counts, monkeypatch):
+    monkeypatch.setattr(table, "_MOST", 2)
+    args = [lists([9], seed=i) for i in range(3)]
+    for _ in range(2):
+        for p, g, m in args:
+            step(p, g, m)
+    assert counts["build"] == 6
+    assert len(table._tables) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_lr_on_the_device_is_read_there(monkeypatch, dtype):
+    p, g, m = lists([3000, 5])
+    twins = [[t.clone() for t in tensors] for tensors in (p, g, m)]
+    lr = torch.tensor(0.123, dtype=dtype)
+    reference.lion_step(*twins, lr, 0.5, 0.75, 0.3, False)
+    monkeypatch.setattr(launch, "_is_on_host", lambda _: False)
+    monkeypatch.setattr(torch.Tensor, "item", None)  # a read on the host would raise
+    step(p, g, m, lr)
+    monkeypatch.undo()
+    assert all(bits_equal(a, b) for a, b in zip(p + m, twins[0] + twins[2], strict=True))
+    verdict = torch.tensor([[[0, 5, -1, 7]]], dtype=torch.int32)
+    q, twin = [torch.randn(100, generator=generator(1))], []
+    twin = [q[0].clone()]
+    flags = torch.ones(1, 4, dtype=torch.int32)
+    reference.apply(twin, verdict, flags, 1, lr, 0.3, step_of(0))
+    monkeypatch.setattr(launch, "_is_on_host", lambda _: False)
+    launch.apply(q, verdict, flags, 1, lr, 0.3, step_of(0))
+    assert bits_equal(q[0], twin[0])
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unaligned_tensors_are_correct(dtype, offset):
+    """Any one of p, g and m off 16 bytes, over a whole tile and a rest."""
+    n = launch.STEP.block + 700
+    for moved in range(3):
+        rooms = lists([n + 8], dtype, seed=offset) if dtype == torch.float32 else [
+            [t.to(torch.bfloat16)] for (t,) in lists([n + 8], seed=offset)
+        ]  # fmt: skip
+        views = [
+            [room[offset : offset + n] if i == moved else room[:n]]
+            for i, (room,) in enumerate(rooms)
+        ]
+        before = [room.clone() for (room,) in rooms]
+        twins = [[view[0].clone()] for view in views]
+        reference.lion_step(*twins, lr_of(0.1), 0.5, 0.75, 0.3, False)
+        step(*views)
+        assert bits_equal(views[0][0], twins[0][0]) and bits_equal(views[2][0], twins[2][0])
+        for i, (room,) in enumerate(rooms):
+            start = offset if i == moved else 0
+            assert bits_equal(room[:start], before[i][:start])
+            assert bits_equal(room[start + n :], before[i][start + n :])
+
+
+def test_a_group_beyond_int32_words_is_refused():
+    ballot = torch.zeros(1, 1, 4, dtype=torch.int32).expand(2**30, 1, 4)
+    flags = torch.zeros(1, 4, dtype=torch.int32).expand(2**30, 4)
+    m = [torch.zeros(5)]
+    with pytest.raises(ValueError, match=r"fewer than 2\*\*31 ballot words, got 4294967296"):
+        launch.encode(m, m, ballot, flags, 0.5, 0.75, False, 0, 0, step_of(0), no_counts())
+
+
+def test_scalars_of_the_wrong_kind(monkeypatch):
+    p, g, m = lists([5])
+    monkeypatch.setattr(launch, "_is_on_host", lambda _: False)
+    with pytest.raises(ValueError, match="a tensor lr must be float32 or float64 on the CPU or on"):
+        step(p, g, m, torch.tensor(0.1, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"nonfinite must be torch.int64 on cpu, got torch.int32"):
+        launch.lion_step(p, g, m, lr_of(0.1), 0.5, 0.75, 0.3, False, torch.zeros(1).int())
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    """CUDA tensors without Triton, or a vote on them without the CUDA build."""
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.zeros(5, device="cuda"))]
+        Lion(params)  # one device needs Triton alone
+        with pytest.raises(RuntimeError, match=r"built without CUDA.*LION_KERNELS_CUDA=1"):
+            kernels.require(vote=True)
+        monkeypatch.setitem(sys.modules, "lion_kernels.kernels.launch", None)
+        with pytest.raises(RuntimeError, match=r"CUDA tensors need triton >= 3.6"):
+            Lion(params)
+
+
+def test_counting_on_cuda_without_the_cuda_build_raises():
+    with pytest.raises(RuntimeError, match="built without CUDA"):
+        kernels._not_built()
+    for name in kernels.CUDA_OPS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lion_kernels::{name}", "CUDA")
+
+
+@pytest.fixture
+def gpu_dispatch():
+    """Within the test, the GPU's kernels stand behind the ops of CPU tensors."""
+    library = torch.library.Library("lion_kernels", "IMPL")
+    for name in ("lion_step", "encode", "apply", "tally", "elect"):
+        library.impl(name, getattr(backends.gpu(), name), "CPU", allow_override=True)
+    yield library
+    library._destroy()
+
+
+def lion_run():
+    """Parameters and momenta after steps of Lion over odd layouts, dtypes and groups."""
+    gen = generator(0)
+    shapes = ((30, 20), (7,), (), (0,), (5, 3, 4, 4))
+    params = [torch.nn.Parameter(torch.randn(shape, generator=gen)) for shape in shapes]
+    params.append(torch.nn.Parameter(torch.randn(6, 50, generator=gen).t()))
+    params.append(torch.nn.Parameter(torch.randn(40, generator=gen).to(torch.bfloat16)))
+    groups = [{"params": params[:3], "lr": 0.02}, {"params": params[3:], "maximize": True}]
+    opt = Lion(groups, lr=0.01, betas=(0.8, 0.95), weight_decay=0.3, momentum_dtype=torch.float32)
+    for i in range(4):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=gen).to(p.dtype)
+        params[i].grad = None
+        opt.step()
+    return [p.detach().clone() for p in params] + [opt.state[p]["exp_avg"] for p in params]
+
+
+def vote_run(**options):
+    gen = generator(1)
+    params = [torch.randn(n, generator=gen) for n in (700, 33, 0, 5)]
+    world = SimulatedWorld(params, 4, seed=5, lr=0.01, betas=(0.5, 0.75), wd=0.1, **options)
+    for i in range(3):
+        rows = [[exact(p.numel(), gen) for p in params] for _ in range(4)]
+        rows[i][1] = None
+        world.step(rows)
+    return [p for rank in world.params + world.exp_avgs for p in rank]
+
+
+RUNS = [lion_run] + [
+    functools.partial(vote_run, aggregation=a, ballots=b, ties=t, exchange=e)
+    for a, b, t, e in (
+        ("majority", "binary", "zero", "sharded"),
+        ("majority", "ternary", "coin", "allgather"),
+        ("average", "binary", "zero", "allgather"),
+        ("average", "ternary", "zero", "sharded"),
+    )
+]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_optimizers_take_the_same_path_on_either_kernels(request, run):
+    """Random floats, several steps: bit for bit the CPU kernels'."""
+    on_cpu = run()
+    request.getfixturevalue("gpu_dispatch")
+    on_gpu_kernels = run()
+    assert all(bits_equal(a, b) for a, b in zip(on_cpu, on_gpu_kernels, strict=True))
+
+
+def test_dispatch_really_changes(gpu_dispatch, counts):
+    lion_run()
+    assert counts["launch"] > 0
