@@ -64,7 +64,6 @@ if cu:
     knows_blackwell = tuple(map(int, torch.version.cuda.split(".")[:2])) >= (12, 8)
     default = "8.0;9.0;10.0+PTX" if knows_blackwell else "8.0;9.0+PTX"
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST", default)
-if cu:
     os.environ["TORCH_CUDA_ARCH_LIST"] = archs
 Extension = cpp_extension.CUDAExtension if cu else cpp_extension.CppExtension
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 ROOMS = ["test_encode.py", "test_tally.py", "test_apply.py", "test_step.py", "test_exchange.py"]
 USERS = ["test_lion.py", "test_exchange.py", "test_distributed.py"]
+GPU = ["test_encode.py", "test_tally.py", "test_apply.py", "test_step.py", "test_launch.py"]
 
 # (what is broken, file, what stands there, what replaces it)
 MUTANTS = [
@@ -66,14 +67,18 @@ MUTANTS = [
      "lr_tensor(group),", "lr_tensor(self.defaults),"),
     ("lr of the group ignored, voting", "lion_kernels/distributed.py",
      "lr_tensor(group),", "lr_tensor(self.defaults),"),
+    ("overflow not agreed on", "lion_kernels/distributed.py",
+     "dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self._group)", "pass"),
     ("maximize ignored", "lion_kernels/lion.py", 'group["maximize"],', "False,"),
     ("every rank tosses one coin", "lion_kernels/distributed.py",
      "            self._rank,\n", "            0,\n"),
-    ("step counter stands", "lion_kernels/distributed.py", 'group["step"] += 1', "pass"),
+    ("step counter stands", "csrc/lion_cpu.cpp", "step.add_(1);", ""),
+    ("overflow moves the momentum", "csrc/lion_cpu.cpp", "if (is_set(found_inf)) return;", ""),
+    ("grad scale multiplies", "csrc/lion_cpu.cpp",
+     "(1.0 - beta1)) / scale", "(1.0 - beta1)) * scale"),
     ("tie coins forget the shard", "lion_kernels/exchange.py",
      "first_word = rank * buffers.layout.words_per_shard", "first_word = 0"),
-    ("absence forgotten", "lion_kernels/distributed.py",
-     "present = [g is not None for g in batch.grads]", "present = [True for g in batch.grads]"),
+    ("absence forgotten", "csrc/lion_cpu.cpp", "|= 1u << (i % kBitsPerWord)", "|= ~0u"),
     ("world instead of the group", "lion_kernels/exchange.py",
      "buffers.ballot, group=group)", "buffers.ballot)"),
     ("no broadcast", "lion_kernels/distributed.py", "if self._broadcast:", "if False:"),
@@ -85,6 +90,34 @@ MUTANTS = [
      "own_verdict.nbytes) * (n - 1)", "own_verdict.nbytes) * n"),
     ("momentum dtype cast on load", "lion_kernels/lion.py",
      "if p in loaded:", "if False:"),
+    ("fma rounds twice", "lion_kernels/kernels/bits.py",
+     "tl.fma(g, complement + tl.zeros_like(g), m * beta)", "g * complement + m * beta"),
+    ("NaN hidden", "lion_kernels/kernels/step.py", "-1.0, c))", "-1.0, 0.0))"),
+    ("decay after the update", "lion_kernels/kernels/step.py",
+     "tl.fma(p, decay + tl.zeros_like(p), -(lr * sign))", "(p - lr * sign) * decay"),
+    ("zero sent as +1", "lion_kernels/kernels/encode.py",
+     "(zero & bits.coins(key, words))", "zero"),
+    ("coins forget the tensor's place", "lion_kernels/kernels/encode.py",
+     "bits.coins(key, words)", "bits.coins(key, in_tile)"),
+    ("padding votes", "lion_kernels/kernels/encode.py",
+     " & (tl.load(row + bits.INDEX) >= 0)", ""),
+    ("non-finite reaches the momentum", "lion_kernels/kernels/encode.py",
+     "tl.where(finite, bits.interpolate(g, m, beta2, complement2), m)",
+     "bits.interpolate(g, m, beta2, complement2)"),
+    ("flags of shard 0 only", "lion_kernels/kernels/launch.py", "(shards if i == 0 else 0)", "1"),
+    ("presence of rank 0 only", "lion_kernels/kernels/apply.py",
+     "mask=rank < n_ranks", "mask=rank < 1"),
+    ("scale ignored", "lion_kernels/kernels/apply.py", "2 * v - scale", "2 * v - 1"),
+    ("masked tiles from the start again", "lion_kernels/kernels/apply.py",
+     "row, start + i, left - i,", "row, start, left - i,"),
+    ("maximize ignored", "lion_kernels/kernels/launch.py", "-1.0 if maximize", "1.0 if maximize"),
+    ("a stale table", "lion_kernels/kernels/table.py", "(t.data_ptr(), t.dtype", "(0, t.dtype"),
+    ("threshold off by one", "csrc/tally.cu", "rows.scale / 2,", "rows.scale / 2 + 1,"),
+    ("rest of eight lost", "csrc/tally.cu", "if (r < n_left) load", "if (false) load"),
+    ("tie coins forget the step", "csrc/tally.cu",
+     "^ static_cast<uint64_t>(*task.step)", ""),
+    ("words behind the vectors lost", "csrc/tally.cu",
+     "if (task.n_words <= 0) return", "if (task.n_words <= 3) return"),
 ]  # fmt: skip
 
 
@@ -98,11 +131,11 @@ def build(folder):
         sys.exit(f"a mutant does not build:\n{outcome.stderr[-2000:]}")
 
 
-def noticed_by(folder, tests):
+def noticed_by(folder, tests, which="not compile"):
     """The first failing test, or None."""
     paths = [f"tests/{name}" for name in tests]
     outcome = run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-                   "-k", "not compile", *paths], folder)  # fmt: skip
+                   "-k", which, *paths], folder)  # fmt: skip
     failed = [line for line in outcome.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if outcome.returncode not in (0, 1):
         sys.exit(f"pytest broke:\n{outcome.stdout[-2000:]}{outcome.stderr[-2000:]}")
@@ -115,13 +148,13 @@ def main():
     word = parser.parse_args().only
     wanted = [m for m in MUTANTS if word in m[0] or word in m[1]]
     # Python first: a compiled mutant leaves its library behind.
-    wanted.sort(key=lambda m: m[1].startswith("csrc"))
+    wanted.sort(key=lambda m: m[1].startswith("csrc") and not m[1].endswith(".cu"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "tree"
         ignore = shutil.ignore_patterns(".venv", ".git", "build", "runs", "__pycache__")
         shutil.copytree(ROOT, folder, ignore=ignore)
         build(folder)
-        if broken := noticed_by(folder, [*ROOMS, *USERS]):
+        if broken := noticed_by(folder, sorted({*ROOMS, *USERS, *GPU})):
             sys.exit(f"the unbroken library already fails {broken}")
         rows = []
         for name, file, old, new in tqdm(wanted, unit="mutant"):
@@ -130,10 +163,15 @@ def main():
             if old not in original:
                 sys.exit(f"the mutant {name!r} is stale: {file} has no {old!r}")
             source.write_text(original.replace(old, new))
-            compiled = file.startswith("csrc")
+            on_gpu = file.startswith("lion_kernels/kernels") or file.endswith(".cu")
+            compiled = file.startswith("csrc") and not on_gpu
             if compiled:
                 build(folder)
-            rows.append((name, file, noticed_by(folder, ROOMS if compiled else USERS)))
+            if on_gpu:
+                noticed = noticed_by(folder, GPU, "GPU or gpu or every_kernel or test_launch")
+            else:
+                noticed = noticed_by(folder, ROOMS if compiled else USERS)
+            rows.append((name, file, noticed))
             source.write_text(original)
     table = [(name, file, test or "SURVIVED") for name, file, test in rows]
     print(tabulate(table, headers=("mutant", "file", "noticed by")))
