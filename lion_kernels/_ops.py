@@ -107,7 +107,7 @@ def _check_room(tensors: Sequence[Tensor], planes: Tensor, name: str) -> None:
     _rule(need <= room, f"{name} has room for {room} words a plane, the tensors need {need}")
 
 
-def _check_one(tensor: Tensor, name: str) -> None:
+def check_one(tensor: Tensor, name: str) -> None:
     _rule(
         tensor.numel() == 1,
         f"{name} must have one element, got shape {list(tensor.shape)}",
@@ -122,7 +122,7 @@ def _check_flags(flags: Tensor, name: str, n_tensors: int) -> None:
 def _check_amp(grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     for tensor, name in ((grad_scale, "grad_scale"), (found_inf, "found_inf")):
         if tensor is not None:
-            _check_one(tensor, name)
+            check_one(tensor, name)
             _rule(tensor.dtype == torch.float32, f"{name} must be float32, got {tensor.dtype}")
 
 
@@ -145,7 +145,7 @@ def check_lion_step(
         _check_storage(tensors, name)
     for i, (g, p) in enumerate(zip(grads, params, strict=True)):
         _rule(g.dtype == p.dtype, f"grads[{i}] must be {p.dtype}, got {g.dtype}")
-    _check_one(lr, "lr")
+    check_one(lr, "lr")
     _check_amp(grad_scale, found_inf)
 
 
@@ -179,7 +179,7 @@ def check_encode(
         f"flags must have a row for each of {ballot.shape[0]} shards, got {flags.shape[0]}",
     )
     _check_flags(flags, "flags", len(exp_avgs))
-    _check_one(step, "step")
+    check_one(step, "step")
     _check_amp(grad_scale, found_inf)
 
 
@@ -210,7 +210,7 @@ def check_elect(
         "verdict must have 1 plane, or 2 where scale is even; "
         f"got {verdict.shape[0]} for scale {scale}",
     )
-    _check_one(step, "step")
+    check_one(step, "step")
 
 
 def check_apply(
@@ -229,8 +229,8 @@ def check_apply(
     _rule(scale >= 1, f"scale must be at least 1, got {scale}")
     _check_flags(presence, "presence", len(params))
     _check_room(params, verdict, "verdict")
-    _check_one(lr, "lr")
-    _check_one(step, "step")
+    check_one(lr, "lr")
+    check_one(step, "step")
     _check_amp(None, found_inf)
 
 

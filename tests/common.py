@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # By regime: nothing, one, around a word, around the vector tile, around the tally tile, a prime.
@@ -48,3 +49,16 @@ def step_of(value):
 
 def no_counts():
     return torch.zeros(1, dtype=torch.int64)
+
+
+class Dispatched(TorchDispatchMode):
+    """``names``: the ops that ran within it, in order, but for views and marks of the profiler."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func.namespace != "profiler":
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))

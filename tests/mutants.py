@@ -111,7 +111,8 @@ MUTANTS = [
     ("masked tiles from the start again", "lion_kernels/kernels/apply.py",
      "row, start + i, left - i,", "row, start, left - i,"),
     ("maximize ignored", "lion_kernels/kernels/launch.py", "-1.0 if maximize", "1.0 if maximize"),
-    ("a stale table", "lion_kernels/kernels/table.py", "(t.data_ptr(), t.dtype", "(0, t.dtype"),
+    ("a stale table", "csrc/identity.cpp",
+     "reinterpret_cast<int64_t>(tensor->const_data_ptr())", "0"),
     ("threshold off by one", "csrc/tally.cu", "rows.scale / 2,", "rows.scale / 2 + 1,"),
     ("rest of eight lost", "csrc/tally.cu", "if (r < n_left) load", "if (false) load"),
     ("tie coins forget the step", "csrc/tally.cu",
@@ -163,8 +164,8 @@ def main():
             if old not in original:
                 sys.exit(f"the mutant {name!r} is stale: {file} has no {old!r}")
             source.write_text(original.replace(old, new))
-            on_gpu = file.startswith("lion_kernels/kernels") or file.endswith(".cu")
-            compiled = file.startswith("csrc") and not on_gpu
+            on_gpu = file.startswith(("lion_kernels/kernels", "csrc/identity", "csrc/tally.cu"))
+            compiled = file.startswith("csrc") and not file.endswith(".cu")
             if compiled:
                 build(folder)
             if on_gpu:

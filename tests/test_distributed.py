@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import oracle
-from common import array, bits_equal, exact, generator
+from common import Dispatched, array, bits_equal, exact, generator
 from lion_kernels import DistributedLion, Lion
 from lion_kernels.agreement import hash_parameter
 from ranks import RankError
@@ -540,3 +540,23 @@ def test_a_step_that_overflows_on_one_rank_is_no_step_on_any(worlds, n):
             assert all(bits_equal(a, b) for a, b in zip(seen[1][kind], seen[2][kind], strict=True))
             wanted = (params, exp_avgs)[kind]
             assert all(bits_equal(a, b) for a, b in zip(seen[3][kind], wanted, strict=True))
+
+
+def dispatched(rank, exchange):
+    params = parameters()
+    opt = DistributedLion(params, **{**HYPER, "lr": torch.tensor(0.1)}, exchange=exchange)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with Dispatched() as seen:
+            opt.step()
+    return seen.names
+
+
+def test_a_step_is_three_ops_beside_the_collectives(worlds):
+    """One launch each on a GPU where all types are equal; nothing is allocated or copied."""
+    ops = [f"lion_kernels::{name}" for name in ("encode", "elect", "apply")]
+    for exchange, n_collectives in (("allgather", 1), ("sharded", 2)):
+        for names in worlds(2).run(dispatched, exchange):
+            assert [name for name in names if not name.startswith("c10d::")] == ops
+            assert sum(name.startswith("c10d::") for name in names) == n_collectives

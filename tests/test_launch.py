@@ -5,13 +5,14 @@ Runs on CPU tensors, in Triton's interpreter; with a GPU, test_cuda.py runs the 
 
 import functools
 import sys
+import warnings
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import backends
-from common import bits_equal, exact, generator, lr_of, no_counts, step_of
+from common import Dispatched, bits_equal, exact, generator, lr_of, no_counts, step_of
 from lion_kernels import Lion, kernels, reference
 from lion_kernels.kernels import launch, table
 from lion_kernels.layout import BallotLayout
@@ -180,8 +181,10 @@ def test_counting_on_cuda_without_the_cuda_build_raises():
 def gpu_dispatch():
     """Within the test, the GPU's kernels stand behind the ops of CPU tensors."""
     library = torch.library.Library("lion_kernels", "IMPL")
-    for name in ("lion_step", "encode", "apply", "tally", "elect"):
-        library.impl(name, getattr(backends.gpu(), name), "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # overriding is what is wanted
+        for name in ("lion_step", "encode", "apply", "tally", "elect"):
+            library.impl(name, getattr(backends.gpu(), name), "CPU", allow_override=True)
     yield library
     library._destroy()
 
@@ -237,3 +240,23 @@ def test_optimizers_take_the_same_path_on_either_kernels(request, run):
 def test_dispatch_really_changes(gpu_dispatch, counts):
     lion_run()
     assert counts["launch"] > 0
+
+
+def test_a_step_reads_nothing_on_the_host(gpu_dispatch, monkeypatch):
+    """With an lr on the device, a step of Lion dispatches one op, and never asks for a value. The
+    kernel itself is left out: its interpreter does."""
+    params = [torch.nn.Parameter(torch.zeros(n)) for n in (40, 3)]
+    opt = Lion(params, lr=torch.tensor(0.1), weight_decay=0.1, momentum_dtype=torch.bfloat16)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    monkeypatch.setattr(launch, "_is_on_host", lambda _: False)
+    opt.step()
+    launches = []
+    monkeypatch.setattr(launch, "_step_kernel", {(2,): lambda *_, **kinds: launches.append(kinds)})
+    for name in ("item", "tolist", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, None)
+    with Dispatched() as seen:
+        opt.step()
+    monkeypatch.undo()
+    assert seen.names == ["lion_kernels::lion_step"]
+    assert len(launches) == 1

@@ -72,6 +72,7 @@ def _is_on_host(scalar: Tensor) -> bool:
 
 def _rate(lr: Tensor, device: torch.device) -> tuple[int, int, int]:
     """lr as the launch takes it: float64 bits, or an address on the device and its bytes."""
+    _ops.check_one(lr, "lr")
     if _is_on_host(lr):
         return _bits(lr.item()), 0, 0
     if lr.device != device or lr.dtype not in (torch.float32, torch.float64):
@@ -110,6 +111,16 @@ def _check_words(planes: Tensor, name: str, device: torch.device, n_words: int =
         raise ValueError(f"a group must have fewer than 2**31 ballot words, got {n_words}")
 
 
+def _shapes(*scalars: Tensor | None) -> tuple[object, ...]:
+    """What the checks of scalars depend on, but for their devices."""
+    return tuple(None if t is None else (t.shape, t.dtype) for t in scalars)
+
+
+def _layouts(*planes: Tensor) -> tuple[object, ...]:
+    """What the checks of ballots, verdicts and flags depend on."""
+    return tuple((t.shape, t.stride(), t.dtype, t.device) for t in planes)
+
+
 def _complements(beta1: float, beta2: float, maximize: bool) -> tuple[int, int]:
     sign = -1.0 if maximize else 1.0
     return _bits(sign * (1.0 - beta1)), _bits(sign * (1.0 - beta2))
@@ -129,21 +140,19 @@ def lion_step(
     found_inf: Tensor | None = None,
 ) -> None:
     """See reference.lion_step."""
-    _ops.check_lion_step(
-        params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite, grad_scale,
-        found_inf,
-    )  # fmt: skip
-    if not params:
-        return
-    device = params[0].device
+    device = params[0].device if params else lr.device
 
     def launches() -> Launches:
+        _ops.check_lion_step(
+            params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite,
+            grad_scale, found_inf,
+        )  # fmt: skip
         check_dense(params, "params", params)
         check_dense(grads, "grads", params)
         check_dense(exp_avgs, "exp_avgs", params)
         return rows_by_dtypes(params, grads, exp_avgs, (params, exp_avgs))
 
-    key = ("lion_step", identity(params), identity(grads), identity(exp_avgs))
+    key = ("lion_step", identity(params, grads, exp_avgs), *_shapes(lr, grad_scale, found_inf))
     if nonfinite is not None:
         _check_place(nonfinite, "nonfinite", device, torch.int64)
     complement1, complement2 = _complements(beta1, beta2, maximize)
@@ -176,15 +185,16 @@ def encode(
     found_inf: Tensor | None = None,
 ) -> None:
     """See reference.encode."""
-    _ops.check_encode(
-        grads, exp_avgs, ballot, flags, beta1, beta2, maximize, seed, rank, step, nonfinite,
-        grad_scale, found_inf,
-    )  # fmt: skip
     device = ballot.device
-    shards, planes, words_per_shard = ballot.shape
-    n_words = shards * words_per_shard
 
     def launches() -> Launches:
+        _ops.check_encode(
+            grads, exp_avgs, ballot, flags, beta1, beta2, maximize, seed, rank, step, nonfinite,
+            grad_scale, found_inf,
+        )  # fmt: skip
+        n_words = ballot.shape[0] * ballot.shape[2]
+        _check_words(ballot, "ballot", device, n_words)
+        _check_words(flags, "flags", device)
         check_dense(exp_avgs, "exp_avgs", exp_avgs, device)
         check_dense(grads, "grads", exp_avgs)
         absent = [None] * len(exp_avgs)
@@ -193,9 +203,8 @@ def encode(
     def flag_words() -> list[int]:
         return pack_flags([g is not None for g in grads], flags.shape[1])
 
-    key = ("encode", n_words, flags.shape[1], identity(grads), identity(exp_avgs))
-    _check_words(ballot, "ballot", device, n_words)
-    _check_words(flags, "flags", device, n_words)
+    buffers = _layouts(ballot, flags)
+    key = ("encode", identity((), grads, exp_avgs), *buffers, *_shapes(step, grad_scale, found_inf))
     _check_place(step, "step", device, torch.int64)
     _check_place(nonfinite, "nonfinite", device, torch.int64)
     complement1, complement2 = _complements(beta1, beta2, maximize)
@@ -204,6 +213,7 @@ def encode(
     found_inf_address = _address(found_inf, "found_inf", device)
     with _on(device):
         found = tables(key, ENCODE.block, device, launches, flag_words)
+        shards, planes, words_per_shard = ballot.shape
         for i, ((g_dtype, m_dtype), table) in enumerate(found):
             # The first launch has a program more for each shard, which writes its flags.
             n_programs = table.n_tiles + (shards if i == 0 else 0)
@@ -228,22 +238,23 @@ def apply(
     found_inf: Tensor | None = None,
 ) -> None:
     """See reference.apply."""
-    _ops.check_apply(params, verdict, presence, scale, lr, weight_decay, step, found_inf)
     device = verdict.device
-    shards, planes, words_per_shard = verdict.shape
 
     def launches() -> Launches:
+        _ops.check_apply(params, verdict, presence, scale, lr, weight_decay, step, found_inf)
+        _check_words(verdict, "verdict", device, verdict.shape[0] * verdict.shape[2])
+        _check_words(presence, "presence", device)
         check_dense(params, "params", params, device)
         absent = [None] * len(params)
         return rows_by_dtypes(params, absent, absent, (params,))
 
-    key = ("apply", identity(params))
-    _check_words(verdict, "verdict", device, shards * words_per_shard)
-    _check_words(presence, "presence", device)
+    buffers = _layouts(verdict, presence)
+    key = ("apply", identity(params), *buffers, scale, *_shapes(lr, step, found_inf))
     _check_place(step, "step", device, torch.int64)
     rate = _rate(lr, device)
     found_inf_address = _address(found_inf, "found_inf", device)
     with _on(device):
+        _, planes, words_per_shard = verdict.shape
         for i, ((dtype,), table) in enumerate(tables(key, APPLY.block, device, launches)):
             _apply_kernel[(table.n_tiles,)](
                 table.rows, table.tile_rows, verdict, presence, step, *rate, _bits(weight_decay),

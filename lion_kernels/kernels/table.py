@@ -128,11 +128,13 @@ def _make_ready(table: Table, device: torch.device) -> None:
             table.spare = torch.empty_like(table.staging, pin_memory=True)
 
 
-def identity(tensors: Sequence[Tensor | None]) -> Key:
-    """What a table and the checks of a list depend on; equal for lists that are the same."""
-    return tuple(
-        None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors
-    )
+def identity(
+    params: Sequence[Tensor | None] = (),
+    grads: Sequence[Tensor | None] = (),
+    exp_avgs: Sequence[Tensor | None] = (),
+) -> bytes:
+    """What a table and the checks of lists depend on: equal for lists that are the same."""
+    return torch.ops.lion_kernels._identity(params, grads, exp_avgs).numpy().tobytes()
 
 
 def check_dense(
