@@ -41,13 +41,13 @@ def gpt2_shapes(width: int = 768, vocabulary: int = 50257, blocks: int = 12) -> 
     return [*shapes, [width], [width]]
 
 
-def random_words(*shape: int) -> Tensor:
-    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32)
+def random_words(*shape: int, device: str | torch.device = "cpu") -> Tensor:
+    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device)
 
 
-def random_ballots(n: int, planes: int, words: int) -> Tensor:
+def random_ballots(n: int, planes: int, words: int, device: str | torch.device = "cpu") -> Tensor:
     """Ballots of fair votes; two planes hold 0, 1 or 2, never 3."""
-    ballots = random_words(n, planes, words)
+    ballots = random_words(n, planes, words, device=device)
     if planes == 2:
         ballots[:, 0] &= ~ballots[:, 1]
     return ballots
@@ -56,10 +56,10 @@ def random_ballots(n: int, planes: int, words: int) -> Tensor:
 # Correct first: a kernel that differs from the reference has no time.
 
 
-def differs(op: str, args: list[object], written: list[Tensor]) -> bool:
+def differs(op: str, args: list[object], written: list[Tensor], ops: object = OPS) -> bool:
     """Whether the kernel writes anything else than the reference into ``written`` (among args)."""
     before = [t.clone() for t in written]
-    getattr(OPS, op)(*args)
+    getattr(ops, op)(*args)
     ours = [t.clone() for t in written]
     for t, old in zip(written, before, strict=True):
         t.copy_(old)
@@ -78,43 +78,46 @@ def check_elementwise(dtype: torch.dtype) -> list[str]:
             wrong.append("lion_step")
     for planes in (1, 2):
         ballot = random_words(1, planes, words)
-        args = [g, m, ballot, *SETTINGS["betas"], False, 0, 1, STEP, counter]
-        if differs("encode", args, [*m, ballot, counter]):
+        flags = random_words(1, 4)
+        args = [g, m, ballot, flags, *SETTINGS["betas"], False, 0, 1, STEP, counter]
+        if differs("encode", args, [*m, ballot, flags, counter]):
             wrong.append(f"encode, {planes} plane")
         verdict = random_ballots(1, planes, words)
-        args = [p, verdict, presence, planes, LR, SETTINGS["weight_decay"]]
-        if differs("apply", args, p):
+        step = torch.zeros(1, dtype=torch.int64)
+        args = [p, verdict, presence, planes, LR, SETTINGS["weight_decay"], step]
+        if differs("apply", args, [*p, step]):
             wrong.append(f"apply, {planes} plane")
     return [f"{name}, {dtype}" for name in wrong]
 
 
-def check_counts() -> list[str]:
+def check_counts(ops: object = OPS) -> list[str]:
     """Names of the counting ops that are wrong on ballots of a ragged length."""
     wrong = []
     for n, planes in ((1, 1), (4, 1), (8, 1), (8, 2), (11, 2), (64, 1)):
         ballots, scale = random_ballots(n, planes, 1_003), n * planes
         name = f"{n} ballots of {planes} plane"
         out = random_words(scale.bit_length(), 1_003)
-        if differs("tally", [ballots, out, scale], [out]):
+        if differs("tally", [ballots, out, scale], [out], ops):
             wrong.append(f"tally, {name}")
         for verdict_planes in (1, 2) if scale % 2 == 0 else (1,):
             out = random_words(verdict_planes, 1_003)
-            if differs("elect", [ballots, out, scale, 5, 0, STEP], [out]):
+            if differs("elect", [ballots, out, scale, 5, 0, STEP], [out], ops):
                 wrong.append(f"elect to {verdict_planes}, {name}")
     return wrong
 
 
-def check_optimizer() -> list[str]:
-    params = [torch.nn.Parameter(torch.randn(n)) for n in (10_007, 1, 33)]
-    copies, momenta = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params]
+def check_optimizer(device: str | torch.device = "cpu") -> list[str]:
+    copies = [torch.randn(n) for n in (10_007, 1, 33)]
+    momenta = [torch.zeros_like(p) for p in copies]
+    params = [torch.nn.Parameter(p.to(device, copy=True)) for p in copies]
     optimizer = lion_kernels.Lion(params, **SETTINGS)
     for _ in range(3):
-        for p in params:
-            p.grad = torch.randn_like(p)
+        grads = [torch.randn_like(p) for p in copies]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g.to(device)
         optimizer.step()
-        grads = [p.grad for p in params]
         reference.lion_step(copies, grads, momenta, LR, *SCALARS, False, None)
-    same = all(torch.equal(p, c) for p, c in zip(params, copies, strict=True))
+    same = all(torch.equal(p.cpu(), c) for p, c in zip(params, copies, strict=True))
     return [] if same else ["Lion.step"]
 
 
@@ -152,7 +155,7 @@ def peers(params: list[Tensor]) -> tuple[dict[str, torch.optim.Optimizer], list[
     return found, missing
 
 
-def step_section(rounds: int, warmup: int, quick: bool) -> list[Result]:
+def step_section(how: timing.How, quick: bool) -> list[Result]:
     shapes = gpt2_shapes(*((96, 5_003) if quick else ()))
     params = [torch.nn.Parameter(0.02 * torch.randn(shape)) for shape in shapes]
     for p in params:
@@ -167,7 +170,7 @@ def step_section(rounds: int, warmup: int, quick: bool) -> list[Result]:
         for name, o in optimizers.items()
     ]
     print(f"\nstep: GPT-2, {len(params)} fp32 tensors, {n / 1e6:.1f}M parameters")
-    results = timing.measure(cases, rounds, warmup, "step", timing.time_ratio)
+    results = timing.measure(cases, how, "step", timing.time_ratio)
     print(timing.table(results, "ours = 1"))
     print("bytes a parameter: Lion 20, fused AdamW 28; not counted for the others")
     if missing:
@@ -202,20 +205,21 @@ def elementwise_cases(plain: ctypes.CDLL, dtype: torch.dtype, n: int) -> list[Ca
 
     step_args = ([p], [g], [m], LR, *SCALARS, False, None)
     pair("lion_step", OPS.lion_step, step_args, "read3_write2", [p, g, m], 0)
-    encode_args = ([g], [m], ballot, *betas, False, 0, 0, STEP, counter)
+    flags = torch.zeros(1, 4, dtype=torch.int32)
+    encode_args = ([g], [m], ballot, flags, *betas, False, 0, 0, STEP, counter)
     pair("encode", OPS.encode, encode_args, "read2_write1", [g, m], 1)
     for planes, verdict in ((1, ballot), (2, two_planes)):
-        args = ([p], verdict, present, planes, LR, decay)
+        args = ([p], verdict, present, planes, LR, decay, torch.zeros(1, dtype=torch.int64))
         pair(f"apply, {planes} plane", OPS.apply, args, "read1_write1", [p], planes)
     return cases
 
 
-def ops_section(rounds: int, warmup: int, quick: bool) -> list[Result]:
+def ops_section(how: timing.How, quick: bool) -> list[Result]:
     n, plain, results = 1_000_000 if quick else 64_000_000, timing.load_ceiling(), []
     print(f"\nops: one flat tensor of {n / 1e6:.0f}M elements")
     for dtype in (torch.float32, torch.bfloat16):
         cases = elementwise_cases(plain, dtype, n)
-        results += timing.measure(cases, rounds, warmup, "ops", timing.rate_ratio)
+        results += timing.measure(cases, how, "ops", timing.rate_ratio)
     print(timing.table(results, "of plain loop"))
     print("bytes an element: read plus written, one eighth for each plane of bits")
     return results
@@ -252,7 +256,7 @@ def count_cases(plain: ctypes.CDLL, n: int, planes: int, words: int) -> list[Cas
     return cases
 
 
-def tally_section(rounds: int, warmup: int, quick: bool) -> list[Result]:
+def tally_section(how: timing.How, quick: bool) -> list[Result]:
     plain, results = timing.load_ceiling(), []
     shrink = 64 if quick else 1
     print(f"\ntally: {128 // shrink} MB of ballots")
@@ -264,7 +268,7 @@ def tally_section(rounds: int, warmup: int, quick: bool) -> list[Result]:
         (64, 1, 2**19),
     ):
         cases = count_cases(plain, n, planes, words // shrink // 4 * 4)
-        results += timing.measure(cases, rounds, warmup, "tally", timing.rate_ratio)
+        results += timing.measure(cases, how, "tally", timing.rate_ratio)
     print(timing.table(results, "of copy"))
     print("bytes: ballots read plus planes written; the copy counts what it reads and writes")
     return results
@@ -364,7 +368,7 @@ def main() -> None:
     check(args.only)
     head = timing.header()
     print(", ".join(f"{key} {value}" for key, value in head.items()))
-    how = (args.rounds, args.warmup, args.quick)
+    how = timing.How(args.rounds, args.warmup), args.quick
     sections: dict[str, object] = {}
     if "step" in args.only:
         results = step_section(*how)
@@ -378,7 +382,9 @@ def main() -> None:
     if "memory" in args.only:
         sections["memory"] = memory_section()
     if args.save:
-        print(f"\nwrote {timing.save(head, sections).relative_to(timing.ROOT)}")
+        path = timing.result_path("cpu", head["cpu"], head["date"])
+        timing.save(path, head, sections)
+        print(f"\nwrote {path.relative_to(timing.ROOT)}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 In each round every case is called once, in an order that is reversed in every other round. A ratio
 is the median of the rounds' ratios, not the ratio of two medians: what slows one call on a noisy
-machine slows its neighbours in the same round. Knows no optimizers and no ops.
+machine slows its neighbours in the same round. A clock says how one call is timed: on the host's
+clock, or on the GPU's. Knows no optimizers and no ops.
 """
 
 import ctypes
 import datetime
 import json
+import math
 import os
 import platform
 import re
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -38,6 +40,7 @@ class Case:
     n_bytes: int = 0  # read plus written; 0: not counted
     against: str = ""
     target: float | None = None  # of the ratio, which should be at least this
+    limit: float | None = None  # of the ratio, which should be at most this
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Result:
     case: Case
     seconds: list[float]
     ratio: float | None
+    host_us: float | None = None  # until the call returned, where that was measured
 
     @property
     def ms(self) -> tuple[float, float, float]:
@@ -58,9 +62,17 @@ class Result:
 
     @property
     def reached(self) -> str:
-        if self.case.target is None or self.ratio is None:
+        low, high = self.case.target, self.case.limit
+        if self.ratio is None or low is high is None:
             return ""
-        return "yes" if self.ratio >= self.case.target else "NO"
+        misses = (low is not None and self.ratio < low) or (high is not None and self.ratio > high)
+        return "NO" if misses else "yes"
+
+    @property
+    def wanted(self) -> str:
+        if self.case.limit is not None:
+            return f"<= {self.case.limit:g}"
+        return "" if self.case.target is None else f">= {self.case.target:g}"
 
 
 def rate_ratio(mine: Case, other: Case, seconds: float, other_seconds: float) -> float:
@@ -73,18 +85,62 @@ def time_ratio(mine: Case, other: Case, seconds: float, other_seconds: float) ->
     return seconds / other_seconds
 
 
+def wall_clock(call: Callable[[], object], calls: int) -> float:
+    """Seconds of one call, on the host's clock."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def device_clock(call: Callable[[], object], calls: int) -> float:
+    """Seconds of one call on the current CUDA stream, between two events. Where the host is slower
+    than the device, the device's waiting counts."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def host_us(call: Callable[[], object], rounds: int) -> float:
+    """Median microseconds until a call returns; the device may still be at what it launched."""
+    seconds = []
+    for _ in range(rounds):
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        seconds.append(wall_clock(call, 1))
+    return 1e6 * median(seconds)
+
+
+@dataclass(frozen=True)
+class How:
+    """How cases are timed. ``enough_s``: what one measurement should take, so that short calls are
+    repeated in it; 0: one call each."""
+
+    rounds: int
+    warmup: int  # rounds dropped before
+    clock: Callable[[Callable[[], object], int], float] = wall_clock
+    enough_s: float = 0.0
+
+
 def measure(
-    cases: list[Case], rounds: int, warmup: int, label: str, ratio: Callable[..., float]
+    cases: list[Case], how: How, label: str, ratio: Callable[..., float], host: bool = False
 ) -> list[Result]:
-    """Call every case once a round; drop the first ``warmup`` rounds."""
+    """Time every case once a round; ``host``: also until its call returns. The results do not keep
+    the calls, nor the tensors that these hold."""
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
-    for r in tqdm(range(warmup + rounds), desc=label, leave=False, disable=None):
+    calls = dict.fromkeys(seconds, 1)
+    for r in tqdm(range(how.warmup + how.rounds), desc=label, leave=False, disable=None):
         for case in cases if r % 2 == 0 else reversed(cases):
-            start = time.perf_counter()
-            case.call()
-            elapsed = time.perf_counter() - start
-            if r >= warmup:
+            elapsed = how.clock(case.call, calls[case.name])
+            if r >= how.warmup:
                 seconds[case.name].append(elapsed)
+            elif r == how.warmup - 1:
+                calls[case.name] = max(1, min(100, math.ceil(how.enough_s / elapsed)))
     by_name = {case.name: case for case in cases}
     results = []
     for case in cases:
@@ -93,8 +149,55 @@ def measure(
             other, mine = by_name[case.against], seconds[case.name]
             pairs = zip(mine, seconds[other.name], strict=True)
             middle = median(ratio(case, other, *pair) for pair in pairs)
-        results.append(Result(case, seconds[case.name], middle))
+        kept = replace(case, call=_not_kept)
+        until_returned = host_us(case.call, how.rounds) if host else None
+        results.append(Result(kept, seconds[case.name], middle, until_returned))
     return results
+
+
+def _not_kept() -> None:
+    raise RuntimeError("the call of a result is not kept")
+
+
+def replayed(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a replay of a CUDA graph."""
+    call()  # compiles, and builds the tables: neither can be captured
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def launched(call: Callable[[], object], device: torch.device) -> list[str]:
+    """Names of the kernels, copies and fills that a call puts on the device."""
+    kind = "CUDA" if device.type == "cuda" else "CPU"
+    for _ in range(2):  # the first profile of a process may miss the first events
+        with torch.profiler.profile(
+            activities=[getattr(torch.profiler.ProfilerActivity, kind)]
+        ) as profiler:
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+    return [
+        event.name
+        for event in profiler.events()
+        if event.device_type == getattr(torch.autograd.DeviceType, kind)
+        and not event.is_user_annotation
+        and not event.name.startswith("Optimizer.")
+    ]
+
+
+def waits(call: Callable[[], object]) -> str:
+    """What makes the call wait for the CUDA device, or "no"."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "no"
 
 
 def rows_of(results: list[Result]) -> list[dict[str, object]]:
@@ -116,25 +219,35 @@ def rows_of(results: list[Result]) -> list[dict[str, object]]:
                 "reached": {"yes": True, "NO": False}.get(r.reached),
             }
         )
+        if r.case.limit is not None:
+            rows[-1]["limit"] = r.case.limit
+        if r.host_us is not None:
+            rows[-1]["host_us"] = round(r.host_us, 2)
     return rows
 
 
 def table(results: list[Result], ratio_header: str) -> str:
+    headers = ["case", "ms (p20-p80)", "GB/s", ratio_header, "target", "reached"]
+    digits = 2 if all(r.ms[0] >= 1 for r in results) else 3
     rows = []
     for r in results:
-        mid, low, high = r.ms
+        mid, low, high = (f"{ms:.{digits}f}" for ms in r.ms)
         rows.append(
             [
                 r.case.name,
-                f"{mid:.2f} ({low:.2f}-{high:.2f})",
+                f"{mid} ({low}-{high})",
                 "" if r.gb_per_s is None else f"{r.gb_per_s:.1f}",
                 "" if r.ratio is None else f"{r.ratio:.2f}",
-                "" if r.case.target is None else f">= {r.case.target:g}",
+                r.wanted,
                 r.reached,
             ]
         )
-    headers = ["case", "ms (p20-p80)", "GB/s", ratio_header, "target", "reached"]
-    return tabulate(rows, headers, disable_numparse=True, colalign=["left"] + ["right"] * 5)
+    if any(r.host_us is not None for r in results):
+        headers.insert(2, "host us")
+        for row, r in zip(rows, results, strict=True):
+            row.insert(2, "" if r.host_us is None else f"{r.host_us:.0f}")
+    align = ["left"] + ["right"] * (len(headers) - 1)
+    return tabulate(rows, headers, disable_numparse=True, colalign=align)
 
 
 def cpu_model() -> str:
@@ -173,13 +286,36 @@ def header() -> dict[str, object]:
     }
 
 
-def save(head: dict[str, object], sections: dict[str, object]) -> Path:
-    """Write bench/results/cpu-<model>-<date>.json."""
-    slug = re.sub(r"[^a-z0-9]+", "-", str(head["cpu"]).lower()).strip("-")
-    path = ROOT / "bench" / "results" / f"cpu-{slug}-{head['date']}.json"
+def result_path(kind: str, model: object, date: object) -> Path:
+    """bench/results/<kind>-<model>-<date>.json."""
+    slug = re.sub(r"[^a-z0-9]+", "-", str(model).lower()).strip("-")
+    return ROOT / "bench" / "results" / f"{kind}-{slug}-{date}.json"
+
+
+def save(path: Path, head: dict[str, object], sections: dict[str, object]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"header": head, "sections": sections}, indent=1) + "\n")
-    return path
+
+
+class Report:
+    """What a run prints and, with a path, keeps: the figures as JSON, the text beside it as .md.
+    Written after every section, so that a run that is stopped leaves what it has."""
+
+    def __init__(self, head: dict[str, object], path: Path | None) -> None:
+        self.head, self.path = head, path
+        self.sections: dict[str, object] = {}
+        facts = ", ".join(f"{key} {value}" for key, value in head.items())
+        self.text = f"# lion_kernels on {head['gpu']}\n\n{facts}\n"
+        print(f"{facts}\n")
+
+    def add(self, name: str, rows: list[dict[str, object]], title: str, *body: str) -> None:
+        lines = "\n".join(body)
+        print(f"{name}: {title}\n{lines}\n", flush=True)
+        self.sections[name] = rows
+        self.text += f"\n## {name}\n\n{title}\n\n```\n{lines}\n```\n"
+        if self.path is not None:
+            save(self.path, self.head, self.sections)
+            self.path.with_suffix(".md").write_text(self.text)
 
 
 def load_ceiling() -> ctypes.CDLL:
