@@ -46,11 +46,14 @@ def sources() -> tuple[list[str], list[str]]:
         sys.exit(f"LION_KERNELS_CUDA must be 0 or 1, got {wanted!r}")
     cuda = sorted([*CSRC.glob("*.cu"), *CSRC.glob("*_cuda.cpp")])
     cpp = sorted(set(CSRC.glob("*.cpp")) - set(cuda))
-    possible = torch.version.cuda and cpp_extension.CUDA_HOME
+    # Where nvcc is a wrapper script, torch guesses a CUDA_HOME that has no headers.
+    home = Path(cpp_extension.CUDA_HOME or "none")
+    possible = torch.version.cuda and (home / "include" / "cuda_runtime.h").is_file()
     if wanted == "1" and not possible:
         sys.exit(
             "LION_KERNELS_CUDA=1, but CUDA cannot be built: "
-            f"CUDA of torch: {torch.version.cuda}, CUDA_HOME: {cpp_extension.CUDA_HOME}"
+            f"CUDA of torch: {torch.version.cuda}, CUDA_HOME (needs include/cuda_runtime.h): "
+            f"{cpp_extension.CUDA_HOME}"
         )
     if not possible or wanted == "0":
         cuda = []

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import backends
 from common import Dispatched, bits_equal, exact, generator, lr_of, no_counts, step_of
-from lion_kernels import Lion, kernels, reference
+from lion_kernels import Lion, _ops, kernels, reference
 from lion_kernels.kernels import launch, table
 from lion_kernels.layout import BallotLayout
 from simulate import SimulatedWorld
@@ -163,6 +163,7 @@ def test_what_is_missing_is_said(monkeypatch):
     with FakeTensorMode():
         params = [torch.nn.Parameter(torch.zeros(5, device="cuda"))]
         Lion(params)  # one device needs Triton alone
+        monkeypatch.setattr(_ops, "build_info", lambda: {"cuda": False})
         with pytest.raises(RuntimeError, match=r"built without CUDA.*LION_KERNELS_CUDA=1"):
             kernels.require(vote=True)
         monkeypatch.setitem(sys.modules, "lion_kernels.kernels.launch", None)
