@@ -1,6 +1,6 @@
 """Breaks a copy of the library on purpose, one mutant after the other, and shows that the tests
-notice each. `make mutants` runs all of them (about ten minutes on two cores); exit code 1 where one
-survives. `--only WORD` picks those whose name or file holds WORD.
+notice each. `make mutants` runs all of them (about twenty minutes on two cores); exit code 1 where
+one survives.
 """
 
 import argparse
@@ -145,9 +145,11 @@ def noticed_by(folder, tests, which="not compile"):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="only mutants whose name or file holds this")
-    word = parser.parse_args().only
-    wanted = [m for m in MUTANTS if word in m[0] or word in m[1]]
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="only mutants whose name or file holds one of these"
+    )
+    words = parser.parse_args().only
+    wanted = [m for m in MUTANTS if any(word in m[0] or word in m[1] for word in words)]
     # Python first: a compiled mutant leaves its library behind.
     wanted.sort(key=lambda m: m[1].startswith("csrc") and not m[1].endswith(".cu"))
     with tempfile.TemporaryDirectory() as temporary:
