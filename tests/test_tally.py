@@ -109,3 +109,17 @@ def test_strided_chunks(backend):
     tally = torch.empty(4, ballots.shape[2], dtype=torch.int32)
     backend.tally(view, tally, 12)
     np.testing.assert_array_equal(unpacked(tally, 640), votes.sum(0).numpy())
+
+
+@pytest.mark.parametrize("n_words", [0, 1, 2, 3, 5, 7, 1023])
+def test_words_that_fill_no_vector(backend, n_words):
+    """Ballots of any length: the layout's padding is no condition of the kernels."""
+    gen = generator(n_words)
+    ballots = torch.randint(-(2**31), 2**31, (9, 1, n_words), generator=gen).to(torch.int32)
+    tally = torch.full((4, n_words), -1, dtype=torch.int32)
+    backend.tally(ballots, tally, 9)
+    wanted = sum(oracle.unpack(words(b[0])).astype(np.int64) for b in ballots)
+    np.testing.assert_array_equal(unpacked(tally, 32 * n_words), wanted)
+    verdict = torch.full((1, n_words), -1, dtype=torch.int32)
+    backend.elect(ballots, verdict, 9, 0, 0, step_of(0))
+    np.testing.assert_array_equal(unpacked(verdict, 32 * n_words), wanted > 4)
