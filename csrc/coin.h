@@ -14,8 +14,13 @@ namespace lion {
 // The stream of tie coins, which every rank must share; zero votes use the rank as stream.
 constexpr int64_t kTieStream = -1;
 
+// The random bits of stochastic rounding, which every rank must share too.
+constexpr int64_t kRoundingStream = -2;
+
+constexpr uint64_t kGamma = 0x9E3779B97F4A7C15ull;
+
 LION_HOST_DEVICE uint64_t mix64(uint64_t z) {
-  z += 0x9E3779B97F4A7C15ull;
+  z += kGamma;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
   return z ^ (z >> 31);
@@ -28,7 +33,7 @@ LION_HOST_DEVICE uint64_t coin_key(int64_t seed, int64_t stream, int64_t step) {
 
 // The 32 coins of word `word`.
 LION_HOST_DEVICE uint32_t coins(uint64_t key, uint64_t word) {
-  return static_cast<uint32_t>(mix64(key + word * 0x9E3779B97F4A7C15ull) >> 32);
+  return static_cast<uint32_t>(mix64(key + word * kGamma) >> 32);
 }
 
 }  // namespace lion

@@ -107,7 +107,44 @@ struct Item {
   void* exp_avg;
   int64_t numel, data_size, exp_avg_size;  // sizes: bytes an element
   DType dtype, exp_avg_dtype;
+  void* low;  // of as many bytes an element as the parameter; itself where nothing is kept
 };
+
+using OptionalTensors = std::optional<c10::List<at::Tensor>>;
+
+Rounding rounding_of(c10::string_view name) {
+  if (name == "nearest") return kNearest;
+  if (name == "stochastic") return kStochastic;
+  TORCH_CHECK_VALUE(name == "compensated",
+                    "rounding must be nearest, stochastic or compensated, got ", name);
+  return kCompensated;
+}
+
+// What the storage type of parameter i drops is kept in lows[i].
+void* low_of(Rounding rounding, const OptionalTensors& lows, int64_t i, const at::Tensor& p) {
+  if (rounding != kCompensated || p.scalar_type() == at::kFloat) return p.data_ptr();
+  const at::Tensor low = lows->get(static_cast<size_t>(i));
+  const auto wanted = p.scalar_type() == at::kBFloat16 ? at::kShort : at::kHalf;
+  TORCH_CHECK_VALUE(low.scalar_type() == wanted && low.device() == p.device(), "lows[", i,
+                    "] must be ", wanted, " on ", p.device(), ", got ", low.scalar_type(), " on ",
+                    low.device());
+  check_dense(low, "lows", i, &p);
+  return low.data_ptr();
+}
+
+void check_rounding(Rounding rounding, const OptionalTensors& lows, size_t n_params,
+                    const std::optional<at::Tensor>& step) {
+  const size_t wanted = rounding == kCompensated ? n_params : 0;
+  const size_t n_lows = lows.has_value() ? lows->size() : 0;
+  TORCH_CHECK_VALUE(n_lows == wanted, "lows must have ", wanted, " tensors, got ", n_lows);
+  TORCH_CHECK_VALUE(rounding != kStochastic || step.has_value(),
+                    "stochastic rounding needs step, the counter of its random bits");
+}
+
+uint64_t rounding_key(Rounding rounding, int64_t seed, const std::optional<at::Tensor>& step) {
+  if (rounding != kStochastic) return 0;
+  return coin_key(seed, kRoundingStream, static_cast<int64_t>(scalar_value(*step, "step")));
+}
 
 void check_exp_avg(const at::Tensor& exp_avg, int64_t i, const at::Tensor& like) {
   TORCH_CHECK_VALUE(exp_avg.device() == like.device(), "exp_avgs[", i, "] must be on ",
@@ -130,7 +167,10 @@ void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_a
                const at::Tensor& lr, double beta1, double beta2, double weight_decay, bool maximize,
                const std::optional<at::Tensor>& nonfinite,
                const std::optional<at::Tensor>& grad_scale,
-               const std::optional<at::Tensor>& found_inf) {
+               const std::optional<at::Tensor>& found_inf, c10::string_view rounding_name,
+               const OptionalTensors& lows, int64_t seed, const std::optional<at::Tensor>& step) {
+  const Rounding rounding = rounding_of(rounding_name);
+  check_rounding(rounding, lows, params.size(), step);
   TORCH_CHECK_VALUE(params.size() == grads.size() && params.size() == exp_avgs.size(),
                     "params, grads and exp_avgs must have equal lengths, got ", params.size(), ", ",
                     grads.size(), " and ", exp_avgs.size());
@@ -148,13 +188,15 @@ void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_a
     check_exp_avg(m, index, p);
     items.push_back({p.data_ptr(), g.const_data_ptr(), m.data_ptr(), p.numel(),
                      static_cast<int64_t>(p.element_size()), static_cast<int64_t>(m.element_size()),
-                     dtype_of(p, "params", index), dtype_of(m, "exp_avgs", index)});
+                     dtype_of(p, "params", index), dtype_of(m, "exp_avgs", index),
+                     low_of(rounding, lows, index, p)});
     space.append(p.numel());
   }
+  const uint64_t key = rounding_key(rounding, seed, step);
   const LionScalars scalars =
       scalars_of(beta1, beta2, scalar_value(lr, "lr"), weight_decay, maximize, grad_scale);
   if (is_set(found_inf)) return;
-  const auto& kernels = rows().step[nonfinite.has_value()];
+  const auto& kernels = rows().step[nonfinite.has_value()][rounding];
   std::atomic<int64_t> skipped{0};
   space.for_each_run([&](size_t t, int64_t begin, int64_t end) {
     const Item& item = items[t];
@@ -162,9 +204,12 @@ void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_a
     const int64_t n = kernels[item.dtype][item.exp_avg_dtype](
         advance(item.data, s.offset * item.data_size),
         advance(item.grad, s.offset * item.data_size),
-        advance(item.exp_avg, s.offset * item.exp_avg_size), s.count, scalars);
+        advance(item.exp_avg, s.offset * item.exp_avg_size),
+        advance(item.low, s.offset * item.data_size), s.count, scalars,
+        RoundingRun{key, static_cast<uint64_t>(begin)});
     if (n != 0) skipped += n;
   });
+  if (step.has_value()) step->add_(1);
   if (nonfinite.has_value() && skipped != 0) nonfinite->add_(skipped.load());
 }
 
@@ -193,7 +238,8 @@ void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList ex
               0,
               static_cast<int64_t>(m.element_size()),
               kFloat32,
-              dtype_of(m, "exp_avgs", index)};
+              dtype_of(m, "exp_avgs", index),
+              nullptr};
     check_dense(m, "exp_avgs", index);
     const std::optional<at::Tensor> g = grads.get(i);
     if (g.has_value()) {
@@ -257,7 +303,10 @@ void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList ex
 
 void apply(at::TensorList params, const at::Tensor& verdict, const at::Tensor& presence,
            int64_t scale, const at::Tensor& lr, double weight_decay, const at::Tensor& step,
-           const std::optional<at::Tensor>& found_inf) {
+           const std::optional<at::Tensor>& found_inf, c10::string_view rounding_name,
+           const OptionalTensors& lows, int64_t seed) {
+  const Rounding rounding = rounding_of(rounding_name);
+  check_rounding(rounding, lows, params.size(), step);
   check_planes(verdict, "verdict", 3);
   check_planes(presence, "presence", 2);
   TORCH_CHECK_VALUE(verdict.size(1) >= 1 && verdict.size(1) <= kMaxPlanes,
@@ -277,13 +326,14 @@ void apply(at::TensorList params, const at::Tensor& verdict, const at::Tensor& p
     const bool present = (static_cast<uint32_t>(any) >> (index % kBitsPerWord)) & 1u;
     items.push_back({present ? p.data_ptr() : nullptr, nullptr, nullptr, p.numel(),
                      static_cast<int64_t>(p.element_size()), 0, dtype_of(p, "params", index),
-                     kFloat32});
+                     kFloat32, low_of(rounding, lows, index, p)});
     space.append(p.numel());
   }
   check_room(space.n_words(), verdict, "verdict");
 
   const double lr_value = scalar_value(lr, "lr");
   TORCH_CHECK_VALUE(step.numel() == 1, "step must have one element, got shape ", step.sizes());
+  const uint64_t key = rounding_key(rounding, seed, step);
   if (is_set(found_inf)) return;
   const auto* words = reinterpret_cast<const uint32_t*>(verdict.const_data_ptr<int32_t>());
   VerdictRun shape{nullptr,
@@ -301,7 +351,9 @@ void apply(at::TensorList params, const at::Tensor& verdict, const at::Tensor& p
           VerdictRun run = shape;
           run.plane0 = words + shard * verdict.stride(0) + word;
           const Segment s = segment_of(space, t, begin, end, item.numel);
-          kernels.apply[item.dtype](advance(item.data, s.offset * item.data_size), s.count, run);
+          kernels.apply[rounding][item.dtype](advance(item.data, s.offset * item.data_size),
+                                              advance(item.low, s.offset * item.data_size), s.count,
+                                              run, RoundingRun{key, static_cast<uint64_t>(begin)});
         });
   });
   step.add_(1);

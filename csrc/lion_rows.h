@@ -12,6 +12,8 @@ inline void store_word(T* x, const Vec (&a)[kVecs]) {
   for (int j = 0; j < kVecs; ++j) store(x + j * Vec::kLanes, a[j]);
 }
 
+#include "rounding_rows.h"
+
 struct Moments {
   Vec beta1, one_minus_beta1, beta2, one_minus_beta2;
   explicit Moments(const LionScalars& s)
@@ -79,19 +81,20 @@ int64_t encode_row(const void* g_data, void* m_data, int64_t n, const LionScalar
   return nonfinite;
 }
 
-template <bool kSkipNonfinite, class P, class M>
-int64_t step_row(void* p_data, const void* g_data, void* m_data, int64_t n,
-                 const LionScalars& scalars) {
+template <bool kSkipNonfinite, int kRounding, class P, class M>
+int64_t step_row(void* p_data, const void* g_data, void* m_data, void* low_data, int64_t n,
+                 const LionScalars& scalars, const RoundingRun& rounding) {
   const Moments moments(scalars);
   const Vec lr = fill(scalars.lr), decay = fill(scalars.decay);
   const Vec one = fill(1.0f), minus_one = fill(-1.0f);
   int64_t nonfinite = 0;
   for_each_word(
       n,
-      [&](int64_t, uint32_t, P* p_word, const P* g_word, M* m_word) {
+      [&](int64_t i, uint32_t, P* p_word, const P* g_word, M* m_word, Low<kRounding, P>* low_word) {
         Vec next_p[kVecs], next_m[kVecs];
         for (int j = 0; j < kVecs; ++j) {
-          const Vec p = load(p_word + j * Vec::kLanes);
+          const int at = j * Vec::kLanes;
+          const Vec p = load_parameter<kRounding, P>(p_word + at, low_word + at);
           const Vec g = load(g_word + j * Vec::kLanes), m = load(m_word + j * Vec::kLanes);
           const Vec c = moments.update(g, m);
           // Neither above nor below 0: a zero, or a NaN that must stay visible.
@@ -107,22 +110,24 @@ int64_t step_row(void* p_data, const void* g_data, void* m_data, int64_t n,
             }
           }
         }
-        store_word(p_word, next_p);
+        store_parameters<kRounding, P>(p_word, low_word, next_p, rounding, i);
         store_word(m_word, next_m);
       },
-      static_cast<P*>(p_data), static_cast<const P*>(g_data), static_cast<M*>(m_data));
+      static_cast<P*>(p_data), static_cast<const P*>(g_data), static_cast<M*>(m_data),
+      static_cast<Low<kRounding, P>*>(low_data));
   return nonfinite;
 }
 
 // kPlanes = 0: as many as the run says.
-template <class P, int kPlanes>
-void apply_planes(P* p_data, int64_t n, const VerdictRun& verdict) {
+template <int kRounding, class P, int kPlanes>
+void apply_planes(P* p_data, Low<kRounding, P>* low_data, int64_t n, const VerdictRun& verdict,
+                  const RoundingRun& rounding) {
   const int n_planes = kPlanes == 0 ? verdict.n_planes : kPlanes;
   const Vec decay = fill(verdict.decay), step_size = fill(verdict.step_size);
   const Vec lowest = fill(-verdict.scale);
   for_each_word(
       n,
-      [&](int64_t i, uint32_t, P* p_word) {
+      [&](int64_t i, uint32_t, P* p_word, Low<kRounding, P>* low_word) {
         Vec sum[kVecs];  // 2 * v - scale, exact in float32
         for (int j = 0; j < kVecs; ++j) sum[j] = lowest;
         float weight = 2.0f;
@@ -132,18 +137,21 @@ void apply_planes(P* p_data, int64_t n, const VerdictRun& verdict) {
             sum[j] = add_where(sum[j], bits >> (j * Vec::kLanes), fill(weight));
         }
         for (int j = 0; j < kVecs; ++j) {
-          const Vec p = load(p_word + j * Vec::kLanes);
+          const int at = j * Vec::kLanes;
+          const Vec p = load_parameter<kRounding, P>(p_word + at, low_word + at);
           sum[j] = fms(p, decay, multiply(step_size, sum[j]));
         }
-        store_word(p_word, sum);
+        store_parameters<kRounding, P>(p_word, low_word, sum, rounding, i);
       },
-      p_data);
+      p_data, low_data);
 }
 
-template <class P>
-void apply_row(void* p_data, int64_t n, const VerdictRun& verdict) {
+template <int kRounding, class P>
+void apply_row(void* p_data, void* low_data, int64_t n, const VerdictRun& verdict,
+               const RoundingRun& rounding) {
   P* p = static_cast<P*>(p_data);
-  if (verdict.n_planes == 1) return apply_planes<P, 1>(p, n, verdict);
-  if (verdict.n_planes == 2) return apply_planes<P, 2>(p, n, verdict);
-  return apply_planes<P, 0>(p, n, verdict);
+  auto* low = static_cast<Low<kRounding, P>*>(low_data);
+  if (verdict.n_planes == 1) return apply_planes<kRounding, P, 1>(p, low, n, verdict, rounding);
+  if (verdict.n_planes == 2) return apply_planes<kRounding, P, 2>(p, low, n, verdict, rounding);
+  return apply_planes<kRounding, P, 0>(p, low, n, verdict, rounding);
 }

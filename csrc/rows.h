@@ -11,6 +11,16 @@ namespace lion {
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 constexpr int kNumDTypes = 3;
 
+// How float32 parameters become their storage type; float32 storage always keeps them.
+enum Rounding : int { kNearest = 0, kStochastic = 1, kCompensated = 2 };
+constexpr int kNumRoundings = 3;
+
+// The random bits of stochastic rounding.
+struct RoundingRun {
+  uint64_t key;
+  uint64_t first_word;  // position of the run in the group
+};
+
 // Scalars of one call, rounded to float32 once, on the host.
 struct LionScalars {
   float beta1, one_minus_beta1;  // the complements are negated for maximize
@@ -52,15 +62,17 @@ struct TallyRows {
 // elements that were skipped because c was not finite.
 using EncodeFn = int64_t (*)(const void* g, void* m, int64_t n, const LionScalars&,
                              const BallotRun&);
-using StepFn = int64_t (*)(void* p, const void* g, void* m, int64_t n, const LionScalars&);
-using ApplyFn = void (*)(void* p, int64_t n, const VerdictRun&);
+// low: what the storage type of p dropped, compensated rounding only.
+using StepFn = int64_t (*)(void* p, const void* g, void* m, void* low, int64_t n,
+                           const LionScalars&, const RoundingRun&);
+using ApplyFn = void (*)(void* p, void* low, int64_t n, const VerdictRun&, const RoundingRun&);
 using TallyFn = void (*)(const TallyRows&, int64_t begin, int64_t end);
 
 struct RowKernels {
   const char* name;
-  EncodeFn encode[kNumDTypes][kNumDTypes];  // [gradient][momentum]
-  StepFn step[2][kNumDTypes][kNumDTypes];   // [skip non-finite][parameter][momentum]
-  ApplyFn apply[kNumDTypes];
+  EncodeFn encode[kNumDTypes][kNumDTypes];                // [gradient][momentum]
+  StepFn step[2][kNumRoundings][kNumDTypes][kNumDTypes];  // [skip non-finite]..[p][momentum]
+  ApplyFn apply[kNumRoundings][kNumDTypes];
   TallyFn tally;
   TallyFn elect;
 };

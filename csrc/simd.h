@@ -49,6 +49,12 @@ inline __m512i keep_nan(__m512i rounded, __m512 a) {
   const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
   return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
 }
+inline void store_upper_halves(BF16* x, __m512i low, __m512i high) {
+  const __m512i upper_halves =
+      _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                       25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  _mm512_storeu_si512(x, _mm512_permutex2var_epi16(low, upper_halves, high));
+}
 // 32 at once: one look for NaN, one permutation and one store for two vectors. Per vector, the
 // conversion bound the bf16 kernels instead of the memory.
 inline void store_word(BF16* x, const Vec (&a)[2]) {
@@ -57,10 +63,7 @@ inline void store_word(BF16* x, const Vec (&a)[2]) {
     low = keep_nan(low, a[0].v);
     high = keep_nan(high, a[1].v);
   }
-  const __m512i upper_halves =
-      _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
-                       25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-  _mm512_storeu_si512(x, _mm512_permutex2var_epi16(low, upper_halves, high));
+  store_upper_halves(x, low, high);
 }
 inline void store(F16* x, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(x),

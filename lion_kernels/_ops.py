@@ -23,12 +23,16 @@ except ImportError as error:
 
 # Where an op takes them: `grad_scale`, float32 (1,), divides the gradients; where `found_inf`,
 # float32 (1,), is not zero, the op changes nothing; `step`, int64 (1,), goes into the coins.
+# `rounding`: "nearest"; "stochastic", random bits from (seed, step, element); "compensated", where
+# lows[i] keeps what parameter i drops: int16 for bfloat16, float16 for float16, not read otherwise.
+# What writes parameters ends the step: it adds 1 to `step`.
 SCHEMAS = {
     # One device: encode and apply in one pass. `nonfinite`: int64 (1,), counts skipped elements;
     # without it nothing is skipped and a NaN shows in the parameter.
     "lion_step": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor lr, "
     "float beta1, float beta2, float weight_decay, bool maximize, Tensor(c!)? nonfinite=None, "
-    "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+    "Tensor? grad_scale=None, Tensor? found_inf=None, str rounding='nearest', "
+    "Tensor(d!)[]? lows=None, int seed=0, Tensor(e!)? step=None) -> ()",
     # ballot: (shards, 1 or 2 planes, words); flags: (shards, flag words), one bit a tensor. A None
     # gradient abstains.
     "encode": "(Tensor?[] grads, Tensor(a!)[] exp_avgs, Tensor(b!) ballot, Tensor(c!) flags, "
@@ -39,11 +43,13 @@ SCHEMAS = {
     # verdict: (1 or 2 planes, words). `first_word`: position of word 0 in the group, for the coins.
     "elect": "(Tensor ballots, Tensor(a!) verdict, int scale, int first_word, int seed, "
     "Tensor step) -> ()",
-    # verdict: (shards, planes, words); presence: (ranks, flag words). Adds 1 to `step`.
+    # verdict: (shards, planes, words); presence: (ranks, flag words).
     "apply": "(Tensor(a!)[] params, Tensor verdict, Tensor presence, int scale, Tensor lr, "
-    "float weight_decay, Tensor(b!) step, Tensor? found_inf=None) -> ()",
+    "float weight_decay, Tensor(b!) step, Tensor? found_inf=None, str rounding='nearest', "
+    "Tensor(c!)[]? lows=None, int seed=0) -> ()",
 }
 
+ROUNDINGS = ("nearest", "stochastic", "compensated")
 STORAGE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -126,6 +132,37 @@ def _check_amp(grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
             _rule(tensor.dtype == torch.float32, f"{name} must be float32, got {tensor.dtype}")
 
 
+def low_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """What keeps the bits that a parameter's storage type drops; None: it drops none."""
+    return {torch.bfloat16: torch.int16, torch.float16: torch.float16}.get(dtype)
+
+
+def _check_rounding(
+    rounding: str, lows: Sequence[Tensor] | None, params: Sequence[Tensor], step: Tensor | None
+) -> None:
+    _rule(
+        rounding in ROUNDINGS,
+        f"rounding must be {', '.join(ROUNDINGS[:-1])} or {ROUNDINGS[-1]}, got {rounding}",
+    )
+    wanted = len(params) if rounding == "compensated" else 0
+    lows = [] if lows is None else lows
+    _rule(len(lows) == wanted, f"lows must have {wanted} tensors, got {len(lows)}")
+    for i, (low, p) in enumerate(zip(lows, params, strict=False)):
+        dtype = low_dtype(p.dtype)
+        if dtype is not None:
+            _rule(low.dtype == dtype, f"lows[{i}] must be {dtype}, got {low.dtype}")
+            _rule(
+                low.shape == p.shape,
+                f"lows[{i}] must have shape {list(p.shape)}, got {list(low.shape)}",
+            )
+    _rule(
+        rounding != "stochastic" or step is not None,
+        "stochastic rounding needs step, the counter of its random bits",
+    )
+    if step is not None:
+        check_one(step, "step")
+
+
 def check_lion_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -138,6 +175,10 @@ def check_lion_step(
     nonfinite: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    rounding: str = "nearest",
+    lows: Sequence[Tensor] | None = None,
+    seed: int = 0,
+    step: Tensor | None = None,
 ) -> None:
     _check_pairs(grads, params, "grads", "params")
     _check_pairs(exp_avgs, params, "exp_avgs", "params")
@@ -147,6 +188,7 @@ def check_lion_step(
         _rule(g.dtype == p.dtype, f"grads[{i}] must be {p.dtype}, got {g.dtype}")
     check_one(lr, "lr")
     _check_amp(grad_scale, found_inf)
+    _check_rounding(rounding, lows, params, step)
 
 
 def check_encode(
@@ -222,6 +264,9 @@ def check_apply(
     weight_decay: float,
     step: Tensor,
     found_inf: Tensor | None = None,
+    rounding: str = "nearest",
+    lows: Sequence[Tensor] | None = None,
+    seed: int = 0,
 ) -> None:
     _check_storage(params, "params")
     _check_planes(verdict, "verdict", 3)
@@ -230,8 +275,8 @@ def check_apply(
     _check_flags(presence, "presence", len(params))
     _check_room(params, verdict, "verdict")
     check_one(lr, "lr")
-    check_one(step, "step")
     _check_amp(None, found_inf)
+    _check_rounding(rounding, lows, params, step)
 
 
 CHECKS = {

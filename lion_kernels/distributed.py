@@ -22,7 +22,7 @@ from lion_kernels.agreement import (
 )
 from lion_kernels.exchange import EXCHANGES, Buffers, choose
 from lion_kernels.layout import MAX_SCALE, WIRE_VERSION, BallotLayout
-from lion_kernels.lion import Lion, lr_tensor
+from lion_kernels.lion import Lion, lr_tensor, weight_decay
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,13 @@ CHOICES = {
     "ties": ("zero", "coin"),
     "exchange": ("auto", *EXCHANGES),
 }
+
+
+# Of a group, the same on every rank.
+OPTIONS = (
+    "lr", "betas", "weight_decay", "maximize", "momentum_dtype", "rounding",
+    "independent_weight_decay", "reference_lr", "step",
+)  # fmt: skip
 
 
 class DistributedLion(Lion):
@@ -50,7 +57,8 @@ class DistributedLion(Lion):
     torch.amp.GradScaler, on all ranks or none, a step that one rank skips is skipped by all.
 
     Args:
-        params, lr, betas, weight_decay, maximize, momentum_dtype: as for Lion.
+        params, lr, betas, weight_decay, maximize, momentum_dtype, rounding,
+            independent_weight_decay: as for Lion.
         process_group: the workers; None means the default group.
         aggregation: "majority" or "average".
         ballots: "binary", one bit: a zero vote is a coin hashed from (seed, rank, step, element);
@@ -59,7 +67,7 @@ class DistributedLion(Lion):
             same on every rank. Without effect on an average.
         exchange: "allgather" (one round, bits grow with N), "sharded" (two rounds, bits flat in
             N) or "auto"; the attribute ``exchange`` says which it is. All give the same verdicts.
-        seed: of the coins; the same on every rank.
+        seed: of the coins and of stochastic rounding; the same on every rank.
         broadcast: overwrite the parameters with those of the group's rank 0 at construction.
         check_every: call verify_replicas() after every so many steps; 0 means never.
 
@@ -83,6 +91,8 @@ class DistributedLion(Lion):
         seed: int = 0,
         maximize: bool = False,
         momentum_dtype: torch.dtype | str | None = None,
+        rounding: str = "nearest",
+        independent_weight_decay: bool = False,
         broadcast: bool = True,
         check_every: int = 0,
     ) -> None:
@@ -90,8 +100,6 @@ class DistributedLion(Lion):
         for name, value in given.items():
             if value not in CHOICES[name]:
                 raise ValueError(f"{name} must be one of {CHOICES[name]}, got {value!r}")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
         if check_every < 0:
             raise ValueError(f"check_every must be at least 0, got {check_every}")
         if not (dist.is_available() and dist.is_initialized()):
@@ -107,17 +115,18 @@ class DistributedLion(Lion):
         self._vote_scale = (1 if ballots == "binary" else 2) * self._world_size
         if self._vote_scale > MAX_SCALE:
             raise ValueError(f"at most {MAX_SCALE} votes can be counted, got {self._vote_scale}")
-        self.aggregation, self.ballots, self.ties, self.seed = aggregation, ballots, ties, seed
+        self.aggregation, self.ballots, self.ties = aggregation, ballots, ties
         self.exchange = choose(self._world_size) if exchange == "auto" else exchange
         self._broadcast, self._check_every = broadcast, check_every
         self._buffers: dict[int, Buffers] = {}
-        self._nonfinite: dict[torch.device, Tensor] = {}
         self._steps = self._wire_bytes = 0
         self._votes = self._world_size > 1
         self._constructed = False
         super().__init__(
-            params, lr, betas, weight_decay, maximize=maximize, momentum_dtype=momentum_dtype
-        )
+            params, lr, betas, weight_decay, maximize=maximize, momentum_dtype=momentum_dtype,
+            rounding=rounding, nonfinite="skip", seed=seed,
+            independent_weight_decay=independent_weight_decay,
+        )  # fmt: skip
         self._agree(self.param_groups)
         self._constructed = True
         logger.info(
@@ -134,10 +143,6 @@ class DistributedLion(Lion):
     def wire_bytes(self) -> int:
         """Bytes of votes and verdicts that this rank handed to collectives for other ranks."""
         return self._wire_bytes
-
-    def nonfinite_count(self) -> int:
-        """Votes that this rank withheld because c was not finite; waits for the device."""
-        return sum(int(count.item()) for count in self._nonfinite.values())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group on every rank; compared, and broadcast, like those at construction."""
@@ -164,8 +169,8 @@ class DistributedLion(Lion):
         ]
         for group in groups:
             number = self._number(group)
-            for option in ("lr", "betas", "weight_decay", "maximize", "momentum_dtype", "step"):
-                value: Any = group[option]
+            for option in OPTIONS:
+                value: Any = group.get(option)
                 if isinstance(value, Tensor):
                     value = value.item()
                 elif isinstance(value, list):
@@ -189,20 +194,17 @@ class DistributedLion(Lion):
             params = [p.detach() for group in groups for p in group["params"]]
             broadcast_parameters(params, self._group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Lion's; the step counters go to their groups' devices."""
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            if group["params"]:
-                group["step"] = group["step"].to(group["params"][0].device)
-
     def verify_replicas(self) -> None:
         """Compare a 64-bit hash of every parameter over the ranks; raise RuntimeError on every
         rank that names the first parameter that differs and the ranks. All ranks must call it."""
         params, labels = [], []
         for group in self.param_groups:
-            params += [p.detach() for p in group["params"]]
-            labels += [self._label(group, i) for i in range(len(group["params"]))]
+            for i, p in enumerate(group["params"]):
+                params.append(p.detach())
+                labels.append(self._label(group, i))
+                if "compensation" in self.state.get(p, {}):
+                    params.append(self.state[p]["compensation"])
+                    labels.append(f"the compensation of {labels[-1]}")
         compare_parameters(params, labels, self._group)
 
     def _after_step(self) -> None:
@@ -210,18 +212,11 @@ class DistributedLion(Lion):
         if self._check_every and self._steps % self._check_every == 0:
             self.verify_replicas()
 
-    def _step_group(self, group: dict[str, Any], nonfinite: Tensor | None = None) -> None:
-        if not group["params"]:
-            return
-        device = group["params"][0].device
-        if device not in self._nonfinite:
-            self._nonfinite[device] = torch.zeros(1, dtype=torch.int64, device=device)
+    def _step_group(self, group: dict[str, Any]) -> None:
         if self._world_size == 1:
-            super()._step_group(group, self._nonfinite[device])
-            _, found_inf = self._amp(device)
-            group["step"] += 1 if found_inf is None else (found_inf == 0).sum()
+            super()._step_group(group)
         else:
-            self._vote(group, self._nonfinite[device])
+            self._vote(group)
 
     def _agreed(self, found_inf: Tensor | None) -> Tensor | None:
         """Ranks scale and overflow on their own; a step that one of them skips, all must skip,
@@ -254,13 +249,14 @@ class DistributedLion(Lion):
             self._buffers[number] = buffers
         return buffers
 
-    def _vote(self, group: dict[str, Any], nonfinite: Tensor) -> None:
+    def _vote(self, group: dict[str, Any]) -> None:
         batch = self._batch(group, abstain=True)
         if not batch.params:
             return
         buffers = self._buffers_for(group, tuple(p.numel() for p in batch.params))
         layout, ops = buffers.layout, torch.ops.lion_kernels
-        grad_scale, found_inf = self._amp(batch.params[0].device)
+        device = batch.params[0].device
+        grad_scale, found_inf = self._amp(device)
         ops.encode(
             batch.grads,
             batch.exp_avgs,
@@ -271,7 +267,7 @@ class DistributedLion(Lion):
             self.seed,
             self._rank,
             group["step"],
-            nonfinite,
+            self._counter(device),
             grad_scale,
             found_inf,
         )
@@ -292,8 +288,11 @@ class DistributedLion(Lion):
             layout.flags_of(buffers.received),
             self._vote_scale if self.aggregation == "average" else planes,
             lr_tensor(group),
-            group["weight_decay"],
+            weight_decay(group),
             group["step"],
             found_inf,
+            group["rounding"],
+            batch.lows,
+            self.seed,
         )
         batch.write_back()

@@ -15,6 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lion_kernels import _ops, kernels
 
+CHOICES = {"rounding": _ops.ROUNDINGS, "nonfinite": ("propagate", "skip")}
 MOMENTUM_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _ops.STORAGE_DTYPES}
 
 
@@ -43,6 +44,14 @@ def check_options(group: dict[str, Any]) -> None:
     if not group["weight_decay"] >= 0.0:
         raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']}")
     group["momentum_dtype"] = _momentum_dtype(group["momentum_dtype"])
+    for name, choices in CHOICES.items():
+        if group[name] not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {group[name]!r}")
+    if group["independent_weight_decay"]:
+        # Not "initial_lr": that key belongs to torch's schedulers.
+        first = group.setdefault("reference_lr", lr.item() if isinstance(lr, Tensor) else lr)
+        if not first > 0.0:
+            raise ValueError(f"independent_weight_decay needs an initial lr above 0, got {first}")
 
 
 def is_dense(t: Tensor) -> bool:
@@ -57,6 +66,7 @@ class Batch:
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor | None] = field(default_factory=list)
     exp_avgs: list[Tensor] = field(default_factory=list)
+    lows: list[Tensor] | None = None  # compensated rounding only
     # (parameter with gaps, its dense stand-in): copied back after the step.
     stand_ins: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -76,6 +86,9 @@ class Lion(Optimizer):
 
     sign(0) is 0; sign(NaN) is NaN, so that a NaN shows in the parameter as in torch.optim.
 
+    Every update has the size of lr: in bfloat16, rounding to nearest loses it in weights above
+    about 256 lr, and loses decays below 2**-9 a step. ``rounding`` repairs both.
+
     Works with torch.amp.GradScaler, which hands it grad_scale and found_inf: gradients are unscaled
     in the same pass, and a step that found an infinity changes nothing. On CUDA devices a step
     waits for nothing; with static gradients and a tensor lr on the device it can be captured into
@@ -91,6 +104,17 @@ class Lion(Optimizer):
         maximize: go up instead of down.
         momentum_dtype: storage of the momentum, a torch dtype or its name; None means the
             parameter's own.
+        rounding: of bfloat16 and float16 parameters: "nearest"; "stochastic", up or down at random
+            with the exact mean, no state, bits hashed from (seed, step, element); "compensated",
+            what a parameter drops is kept in its state "compensation", two bytes: for bfloat16 the
+            pair is exactly a float32 weight (see float32_parameter).
+        nonfinite: where c is infinite or NaN: "propagate" it to the parameter, as torch.optim does,
+            or "skip" the element, weight and momentum, and count it (see nonfinite_count).
+        independent_weight_decay: decay by weight_decay * lr / initial lr instead of
+            weight_decay * lr, as MosaicML's DecoupledLionW does; weight_decay=w then equals
+            w / initial lr without it. The initial lr is the group's at construction, kept as its
+            "reference_lr".
+        seed: of stochastic rounding.
 
     Raises:
         ValueError: an option out of range, an unsupported dtype, mixed devices in a group, a
@@ -112,27 +136,46 @@ class Lion(Optimizer):
         *,
         maximize: bool = False,
         momentum_dtype: torch.dtype | str | None = None,
+        rounding: str = "nearest",
+        nonfinite: str = "propagate",
+        independent_weight_decay: bool = False,
+        seed: int = 0,
     ) -> None:
         _ops.require_native()
-        defaults = {
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+        self.seed = seed
+        self._nonfinite: dict[torch.device, Tensor] = {}
+        defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
             "weight_decay": weight_decay,
             "maximize": maximize,
             "momentum_dtype": momentum_dtype,
+            "rounding": rounding,
+            "nonfinite": nonfinite,
+            "independent_weight_decay": independent_weight_decay,
         }
         check_options(defaults)
+        defaults.pop("reference_lr", None)  # each group's own
         super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "seed": self.seed, "_nonfinite": self._nonfinite}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; see torch.optim.Optimizer.add_param_group."""
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            check_options(self.param_groups[-1])
-            self._check_params(self.param_groups[-1])
-        except ValueError:
+            check_options(group)
+            self._check_params(group)
+        except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
+        if group["rounding"] == "stochastic":
+            device = group["params"][0].device if group["params"] else None
+            group.setdefault("step", torch.zeros((), dtype=torch.int64, device=device))
 
     def _number(self, group: dict[str, Any]) -> int:
         return next(i for i, g in enumerate(self.param_groups) if g is group)
@@ -206,25 +249,55 @@ class Lion(Optimizer):
                 f"group {self._number(group)} has {lr.dtype} on {lr.device}"
             )
 
-    def _exp_avg(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+    def _state(self, p: Tensor, key: str, dtype: torch.dtype | None) -> Tensor:
+        """A state tensor in the parameter's memory layout, zero at first."""
         state = self.state[p]
-        m = state.get("exp_avg")
+        m = state.get(key)
         if m is None:
-            m = state["exp_avg"] = torch.zeros_like(p, dtype=group["momentum_dtype"])
+            m = state[key] = torch.zeros_like(p, dtype=dtype)
         elif m.stride() != p.stride() and is_dense(p):
             # The parameter's memory format changed after the first step.
-            m = state["exp_avg"] = torch.empty_like(p, dtype=m.dtype).copy_(m)
+            m = state[key] = torch.empty_like(p, dtype=m.dtype).copy_(m)
         return m
+
+    def _exp_avg(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        return self._state(p, "exp_avg", group["momentum_dtype"])
+
+    def float32_parameter(self, p: Tensor) -> Tensor:
+        """A parameter's value as float32, with what compensated rounding keeps beside it: a new
+        tensor of the parameter's shape."""
+        p, low = p.detach(), self.state.get(p, {}).get("compensation")
+        if low is None:
+            return p.to(torch.float32)
+        if low.dtype == torch.int16:
+            return (p.float().view(torch.int32) + low.int()).view(torch.float32)
+        return p.float() + low.float()
+
+    def nonfinite_count(self) -> int:
+        """Elements skipped because c was not finite; waits for the device."""
+        return sum(int(count.item()) for count in self._nonfinite.values())
+
+    def _counter(self, device: torch.device) -> Tensor:
+        if device not in self._nonfinite:
+            self._nonfinite[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        return self._nonfinite[device]
 
     def _batch(self, group: dict[str, Any], abstain: bool = False) -> Batch:
         """The group's tensors for the ops: those with a gradient, or, with ``abstain``, all that
         require one, with None for a missing gradient."""
         batch = Batch()
+        compensated = group["rounding"] == "compensated"
+        if compensated:
+            batch.lows = []
         for p in group["params"]:
             g = p.grad
             if not (p.requires_grad if abstain else g is not None):
                 continue
             m = self._exp_avg(p, group)
+            if batch.lows is not None:
+                dtype = _ops.low_dtype(p.dtype)
+                none = torch.empty(0, device=p.device)
+                batch.lows.append(none if dtype is None else self._state(p, "compensation", dtype))
             if p.is_complex():
                 p, m = torch.view_as_real(p), torch.view_as_real(m)
                 g = None if g is None else torch.view_as_real(g.resolve_conj())
@@ -269,19 +342,24 @@ class Lion(Optimizer):
         """What a subclass does at the end of a step. It must not override step itself: torch wraps
         step once a class, and hooks would run once for each wrapped one."""
 
-    def _step_group(self, group: dict[str, Any], nonfinite: Tensor | None = None) -> None:
+    def _step_group(self, group: dict[str, Any]) -> None:
         batch = self._batch(group)
         if batch.params:
+            device = batch.params[0].device
             torch.ops.lion_kernels.lion_step(
                 batch.params,
                 batch.grads,
                 batch.exp_avgs,
                 lr_tensor(group),
                 *group["betas"],
-                group["weight_decay"],
+                weight_decay(group),
                 group["maximize"],
-                nonfinite,
-                *self._amp(batch.params[0].device),
+                self._counter(device) if group["nonfinite"] == "skip" else None,
+                *self._amp(device),
+                group["rounding"],
+                batch.lows,
+                self.seed,
+                group.get("step"),
             )
             batch.write_back()
 
@@ -292,16 +370,18 @@ class Lion(Optimizer):
         saved = state_dict["state"]
         saved_ids = list(chain.from_iterable(g["params"] for g in state_dict["param_groups"]))
         params = list(chain.from_iterable(g["params"] for g in self.param_groups))
-        loaded: dict[Tensor, Tensor] = {}
-        for i, (key, p) in enumerate(zip(saved_ids, params, strict=False)):
-            m = saved.get(key, {}).get("exp_avg")
-            if m is not None:
+        loaded: dict[Tensor, dict[str, Tensor]] = {p: {} for p in params}
+        for i, (number, p) in enumerate(zip(saved_ids, params, strict=False)):
+            for key in ("exp_avg", "compensation"):
+                m = saved.get(number, {}).get(key)
+                if m is None:
+                    continue
                 if m.shape != p.shape:
                     raise ValueError(
-                        f"the exp_avg of parameter {i} must have shape {tuple(p.shape)}, "
+                        f"the {key} of parameter {i} must have shape {tuple(p.shape)}, "
                         f"got {tuple(m.shape)}"
                     )
-                loaded[p] = m
+                loaded[p][key] = m
         present = [dict(group) for group in self.param_groups]
         for saved_group, group in zip(state_dict["param_groups"], present, strict=False):
             check_options({**group, **saved_group})
@@ -312,9 +392,23 @@ class Lion(Optimizer):
             check_options(group)
             for p in group["params"]:
                 # torch casts every state to its parameter's dtype; start from the saved one.
-                if p in loaded:
+                if "exp_avg" in loaded[p]:
                     del self.state[p]["exp_avg"]
-                    self._exp_avg(p, group).copy_(loaded[p])
+                    self._exp_avg(p, group).copy_(loaded[p]["exp_avg"])
+                low = loaded[p].get("compensation")
+                if low is not None:
+                    del self.state[p]["compensation"]
+                    if group["rounding"] == "compensated" and low.dtype == _ops.low_dtype(p.dtype):
+                        self._state(p, "compensation", low.dtype).copy_(low)
+            if "step" in group and group["params"]:
+                group["step"] = group["step"].to(group["params"][0].device)
+
+
+def weight_decay(group: dict[str, Any]) -> float:
+    """What the ops multiply with lr."""
+    if group["independent_weight_decay"]:
+        return group["weight_decay"] / group["reference_lr"]
+    return group["weight_decay"]
 
 
 def lr_tensor(group: dict[str, Any]) -> Tensor:

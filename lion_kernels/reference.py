@@ -15,6 +15,7 @@ from lion_kernels import _ops
 from lion_kernels.layout import BITS_PER_WORD, words_of
 
 _TIE_STREAM = -1
+ROUNDING_STREAM = -2
 _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
 
@@ -85,27 +86,35 @@ def lion_step(
     nonfinite: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    rounding: str = "nearest",
+    lows: Sequence[Tensor] | None = None,
+    seed: int = 0,
+    step: Tensor | None = None,
 ) -> None:
     """c = beta1 * m + (1 - beta1) * g;  m = beta2 * m + (1 - beta2) * g;
     p = p * (1 - lr * weight_decay) - lr * sign(c), with sign(NaN) = NaN."""
     _ops.check_lion_step(
         params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite, grad_scale,
-        found_inf,
+        found_inf, rounding, lows, seed, step,
     )  # fmt: skip
     if _is_set(found_inf):
         return
     decay = _f32(1 - lr.item() * weight_decay)
-    for p, g, m in zip(params, grads, exp_avgs, strict=True):
+    put = _Rounding(params, rounding, lows, seed, step)
+    for i, (g, m) in enumerate(zip(grads, exp_avgs, strict=True)):
         c = _interpolate(m, g, beta1, maximize, grad_scale)
         next_m = _interpolate(m, g, beta2, maximize, grad_scale)
         sign = torch.where(c.isnan(), c, c.sign())
-        next_p = _fma(p.float(), decay, -_f32(lr.item()) * sign)
+        next_p = _fma(put.parameter(i), decay, -_f32(lr.item()) * sign)
         if nonfinite is not None:
             skip = ~c.isfinite()
             nonfinite += skip.sum()
-            next_p, next_m = torch.where(skip, p, next_p), torch.where(skip, m, next_m)
-        p.copy_(next_p)
+            next_p = torch.where(skip, put.parameter(i), next_p)
+            next_m = torch.where(skip, m, next_m)
+        put.store(i, next_p)
         m.copy_(next_m)
+    if step is not None:
+        step += 1
 
 
 def encode(
@@ -187,20 +196,104 @@ def apply(
     weight_decay: float,
     step: Tensor,
     found_inf: Tensor | None = None,
+    rounding: str = "nearest",
+    lows: Sequence[Tensor] | None = None,
+    seed: int = 0,
 ) -> None:
     """p = p * (1 - lr * weight_decay) - (lr / scale) * (2 * v - scale), for tensors that any rank
-    flagged as present; the others are left alone. Ends a step: step = step + 1."""
-    _ops.check_apply(params, verdict, presence, scale, lr, weight_decay, step, found_inf)
+    flagged as present; the others are left alone."""
+    _ops.check_apply(
+        params, verdict, presence, scale, lr, weight_decay, step, found_inf, rounding, lows, seed
+    )
     if _is_set(found_inf):
         return
-    step += 1
+    put = _Rounding(params, rounding, lows, seed, step)
     decay, step_size = _f32(1 - lr.item() * weight_decay), _f32(lr.item() * (1 / scale))
     flags = unpack(presence.unsqueeze(-2)).any(0)
     v = unpack(verdict).flatten()
-    for p, span, present in zip(params, _spans(params), flags.tolist(), strict=False):
-        if present:
+    present = flags.tolist()
+    for i, (p, span) in enumerate(zip(params, _spans(params), strict=True)):
+        if present[i]:
             delta = _like_storage((2 * v[span] - scale).float(), p)
-            p.copy_(_fma(p.float(), decay, -step_size * delta))
+            put.store(i, _fma(put.parameter(i), decay, -step_size * delta))
+    step += 1
+
+
+def random_bits(seed: int, step: int, first_word: int, n_words: int) -> Tensor:
+    """16 random bits, int64, of elements [32 * first_word, 32 * (first_word + n_words))."""
+    key = mix64(mix64(mix64(seed & _MASK) ^ (ROUNDING_STREAM & _MASK)) ^ (step & _MASK))
+    words = range(first_word, first_word + n_words)
+    hashes = [mix64((key + w * _GAMMA) & _MASK) for w in words]
+    low = torch.tensor([h & 0xFFFFFFFF for h in hashes], dtype=torch.int64).unsqueeze(-1)
+    high = torch.tensor([h >> 32 for h in hashes], dtype=torch.int64).unsqueeze(-1)
+    x = (torch.arange(16) * 0x9E3779B9 + low) & 0xFFFFFFFF
+    x = _multiply32(x ^ (x >> 16), 0x7FEB352D)
+    x = _multiply32(x ^ (x >> 15), 0x846CA68B)
+    x = x ^ (x >> 16) ^ high
+    return torch.cat([x & 0xFFFF, x >> 16], dim=1).flatten()
+
+
+def _multiply32(x: Tensor, factor: int) -> Tensor:
+    """The low 32 bits of a product, in int64 that must not overflow."""
+    return (x * (factor & 0xFFFF) + (((x * (factor >> 16)) & 0xFFFF) << 16)) & 0xFFFFFFFF
+
+
+def round_at_random(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 x to one of its two neighbours in a 16-bit dtype, the nearer one more often."""
+    bits = x.view(torch.int32).long() & 0xFFFFFFFF
+    if dtype == torch.bfloat16:
+        cut = (bits + random) & 0xFFFF0000
+    else:
+        noise, magnitude = random & 0x1FFF, x.abs()
+        cut = (bits + noise) & 0xFFFFE000
+        # Below 2**-14 float16 has a fixed point: multiples of 2**-24.
+        units = torch.where(magnitude < 2**-14, magnitude, 0) * 2.0**24 + noise.float() * 2**-13
+        tiny = (units.floor() * 2.0**-24).view(torch.int32).long() | (bits & 0x80000000)
+        cut = torch.where(magnitude < 2**-14, tiny, cut)
+    rounded = (cut - ((cut >> 31) << 32)).to(torch.int32).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(dtype)
+
+
+class _Rounding:
+    """How parameters of a list are read as float32 and stored again."""
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        rounding: str,
+        lows: Sequence[Tensor] | None,
+        seed: int,
+        step: Tensor | None,
+    ) -> None:
+        self.params, self.rounding, self.lows = params, rounding, lows or []
+        self.seed, self.step = seed, 0 if step is None else int(step.item())
+        self.first_words = [span.start // BITS_PER_WORD for span in _spans(params)]
+
+    def parameter(self, i: int) -> Tensor:
+        p = self.params[i]
+        if self.rounding != "compensated" or p.dtype == torch.float32:
+            return p.float()
+        if p.dtype == torch.float16:
+            return p.float() + self.lows[i].float()
+        return (p.float().view(torch.int32) + self.lows[i].int()).view(torch.float32)
+
+    def store(self, i: int, x: Tensor) -> None:
+        p = self.params[i]
+        if self.rounding == "nearest" or p.dtype == torch.float32:
+            p.copy_(x)
+        elif self.rounding == "stochastic":
+            random = random_bits(self.seed, self.step, self.first_words[i], words_of(p.numel()))
+            p.copy_(round_at_random(x, _like_storage(random[: p.numel()], p), p.dtype))
+        elif p.dtype == torch.float16:
+            p.copy_(x)
+            dropped = x - p.float()
+            self.lows[i].copy_(torch.where(dropped.isfinite(), dropped, 0))
+        else:
+            # Ties go away from zero, so that what is dropped fits 16 bits with a sign.
+            bits, finite = x.view(torch.int32).long(), x.isfinite()
+            kept = (bits + 0x8000) & ~0xFFFF
+            p.copy_(torch.where(finite, kept.to(torch.int32).view(torch.float32), x))
+            self.lows[i].copy_(torch.where(finite, bits - kept, 0))
 
 
 def _is_set(found_inf: Tensor | None) -> bool:

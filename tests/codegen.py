@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lion_kernels._ops import ROUNDINGS
 from lion_kernels.kernels import launch
 
 ARCHS = (80, 90, 100)
@@ -34,26 +35,35 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 def variants():
     """(kernel, name of the variant, its constants, bytes that a tile's tensors read and write an
     element) of everything that launch.py can launch."""
-    for (g, m), flag in itertools.product(itertools.product(DTYPES, DTYPES), (False, True)):
+    for (g, m), flag, rounding in itertools.product(
+        itertools.product(DTYPES, DTYPES), (False, True), ROUNDINGS
+    ):
+        if g == "float32" and rounding != "nearest":
+            continue  # float32 drops nothing
         types = f"{g}, momentum {m}"
         g_size, m_size = DTYPES[g].itemsize, DTYPES[m].itemsize
         p_type, m_type = (launch.TRITON_DTYPES[DTYPES[name]] for name in (g, m))
-        constants = {"P": p_type, "M": m_type, "SKIP": flag, "BLOCK": launch.STEP.block}
+        constants = {"P": p_type, "M": m_type, "ROUNDING": ROUNDINGS.index(rounding)}
+        constants |= {"SKIP": flag, "BLOCK": launch.STEP.block}
         if not flag:
             constants["nonfinite_ptr"] = None
+        low = (g_size,) if rounding == "compensated" else ()
         yield (
-            "step", f"{types}{', skip' if flag else ''}", constants,
-            (g_size, g_size, m_size), (g_size, m_size),
+            "step", f"{types}{', skip' if flag else ''}, {rounding}", constants,
+            (g_size, g_size, m_size, *low), (g_size, m_size, *low),
         )  # fmt: skip
+        if rounding != "nearest":
+            continue
         constants = {"G": p_type, "M": m_type, "TERNARY": flag, "BLOCK": launch.ENCODE.block}
         kind = "ternary" if flag else "binary"
         yield "encode", f"{types}, {kind}", constants, (g_size, m_size), (m_size,)
-    for (p, dtype), planes in itertools.product(DTYPES.items(), (1, 2, 0)):
-        constants = {
-            "P": launch.TRITON_DTYPES[dtype], "PLANES": planes, "BLOCK": launch.APPLY.block
-        }  # fmt: skip
-        size = (dtype.itemsize,)
-        yield "apply", f"{p}, planes {planes or 'any'}", constants, size, size
+    for (p, dtype), planes, rounding in itertools.product(DTYPES.items(), (1, 2, 0), ROUNDINGS):
+        if p == "float32" and rounding != "nearest":
+            continue
+        constants = {"P": launch.TRITON_DTYPES[dtype], "ROUNDING": ROUNDINGS.index(rounding)}
+        constants |= {"PLANES": planes, "BLOCK": launch.APPLY.block}
+        sizes = (dtype.itemsize,) * (2 if rounding == "compensated" else 1)
+        yield "apply", f"{p}, planes {planes or 'any'}, {rounding}", constants, sizes, sizes
 
 
 KERNELS = {

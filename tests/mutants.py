@@ -138,6 +138,8 @@ def noticed_by(folder, tests, which="not compile"):
     outcome = run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
                    "-k", which, *paths], folder)  # fmt: skip
     failed = [line for line in outcome.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if outcome.returncode < 0:
+        return f"a crash, signal {-outcome.returncode}"
     if outcome.returncode not in (0, 1):
         sys.exit(f"pytest broke:\n{outcome.stdout[-2000:]}{outcome.stderr[-2000:]}")
     return failed[0].split(" - ")[0].split("::")[-1] if failed else None

@@ -62,6 +62,33 @@ def coin(seed, stream, step, first, n):
     return out
 
 
+def random16(seed, step, first, n):
+    """The random bits of elements first .. first + n."""
+    m32 = 2**32 - 1
+    key = _splitmix(_splitmix(_splitmix(seed) ^ (-2 & M64)) ^ step)
+    out = np.empty(n, np.int64)
+    for i in range(n):
+        word, k = divmod(first + i, 32)
+        draw = _splitmix((key + word * 0x9E3779B97F4A7C15) & M64)
+        x = ((k % 16) * 0x9E3779B9 + draw) & m32
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & m32
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & m32
+        x ^= (x >> 16) ^ (draw >> 32)
+        out[i] = x >> 16 if k >= 16 else x & 0xFFFF
+    return out
+
+
+def round_at_random(x, random, bits, lowest):
+    """float32 x to ``bits`` significant bits, or to a multiple of ``lowest`` where that is coarser:
+    up where the cut fraction and the noise, each of as many bits as are cut, make one."""
+    size = np.abs(np.asarray(x, np.float64))
+    exponent = np.floor(np.log2(np.where(size == 0, 1, size)))
+    unit = np.maximum(2.0 ** (exponent - bits + 1), lowest)
+    cut = 24 - bits
+    noise = (random & (2**cut - 1)) / 2.0**cut
+    return np.sign(x) * unit * np.floor(np.float32(size / unit) + np.float32(noise))
+
+
 def votes(c, ballots, coins):
     """sign(c); not finite abstains; binary ballots replace a zero vote by its coin."""
     c = np.asarray(c, np.float64)

@@ -512,3 +512,58 @@ def test_grad_scaler(dtype, unscaled_first):
         for p, twin in zip(params, twins, strict=True):
             assert bits_equal(p.detach(), twin.detach())
             assert bits_equal(opt.state[p]["exp_avg"], plain.state[twin]["exp_avg"])
+
+
+def test_skipped_elements_are_left_and_counted():
+    """To propagate, one NaN freezes momentum and weight for ever; skipped, it is one lost element
+    of one step."""
+    for dtype in (torch.float32, torch.bfloat16):
+        p = torch.nn.Parameter(torch.ones(50, dtype=dtype))
+        twin = torch.nn.Parameter(p.detach().clone())
+        skipping, plain = Lion([p], **OPTIONS, nonfinite="skip"), Lion([twin], **OPTIONS)
+        for step in range(3):
+            p.grad, twin.grad = torch.ones_like(p), torch.ones_like(p)
+            if step == 1:
+                p.grad[[3, 40]] = twin.grad[[3, 40]] = torch.tensor(
+                    [torch.nan, torch.inf], dtype=dtype
+                )
+                before = p.detach().clone(), skipping.state[p]["exp_avg"].clone()
+            skipping.step()
+            plain.step()
+            if step == 1:
+                assert bits_equal(p[[3, 40]].detach(), before[0][[3, 40]])
+                assert bits_equal(skipping.state[p]["exp_avg"][[3, 40]], before[1][[3, 40]])
+        assert skipping.nonfinite_count() == 2 and plain.nonfinite_count() == 0
+        assert p.isfinite().all() and twin[3].isnan()
+        others = [i for i in range(50) if i not in (3, 40)]
+        assert bits_equal(p[others].detach(), twin[others].detach())
+
+
+def test_independent_weight_decay():
+    """MosaicML's rule, 1 - weight_decay * lr / initial lr, as a schedule moves lr."""
+    p, q = parameters((30,)), parameters((30,))
+    opt = Lion(p, lr=0.02, weight_decay=0.1, independent_weight_decay=True)
+    ordinary = Lion(q, lr=0.02, weight_decay=0.1 / 0.02)
+    expected = p[0].detach().double()
+    for lr in (0.02, 0.01, 0.002):
+        for o, params in ((opt, p), (ordinary, q)):
+            o.param_groups[0]["lr"] = lr
+            params[0].grad = torch.zeros(30)
+            o.step()
+        expected *= 1 - 0.1 * lr / 0.02
+    torch.testing.assert_close(p[0].detach().double(), expected, rtol=1e-6, atol=0)
+    assert bits_equal(p[0].detach(), q[0].detach())
+    with pytest.raises(ValueError, match="independent_weight_decay needs an initial lr above 0"):
+        Lion(parameters((3,)), lr=0.0, independent_weight_decay=True)
+    again = Lion(parameters((30,)), lr=0.5, independent_weight_decay=True)
+    again.load_state_dict(opt.state_dict())
+    assert again.param_groups[0]["reference_lr"] == 0.02
+    # torch's schedulers keep their own initial lr.
+    assert "initial_lr" not in opt.param_groups[0]
+
+
+def test_bad_new_options():
+    with pytest.raises(ValueError, match="nonfinite must be one of propagate, skip, got 'drop'"):
+        Lion(parameters((3,)), nonfinite="drop")
+    with pytest.raises(ValueError, match=r"seed must be in \[0, 2\*\*63\), got -1"):
+        Lion(parameters((3,)), seed=-1)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from lion_kernels.kernels import bits
+from lion_kernels.kernels.rounding import STOCHASTIC, load_parameter, store_parameter
 
 
 @triton.jit
@@ -37,17 +38,19 @@ def _integers(word_ptr, plane_stride, n_planes, used, PLANES: tl.constexpr):
 @triton.jit
 def _apply_tile(
     row, start, left, verdict_ptr, step_size, decay, scale,
-    words_per_shard, shard_stride, plane_stride, n_planes,
-    P: tl.constexpr, PLANES: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    words_per_shard, shard_stride, plane_stride, n_planes, key,
+    P: tl.constexpr, ROUNDING: tl.constexpr, PLANES: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     p_ptr = bits.pointer(row, bits.DATA, start, P, MASKED)
-    p = bits.load(p_ptr, left, TILE, MASKED)
+    p = load_parameter(row, p_ptr, start, left, P, ROUNDING, TILE, MASKED)
     in_tile = tl.arange(0, TILE // 32)
     words = (tl.load(row + bits.FIRST_WORD) + start // 32).to(tl.int32) + in_tile
     word_ptr = verdict_ptr + bits.word_address(words, words_per_shard, shard_stride)
     v = _integers(word_ptr, plane_stride, n_planes, 32 * in_tile < left, PLANES)
     step = step_size * (2 * v - scale).to(tl.float32)
-    bits.store(p_ptr, tl.fma(p, decay + tl.zeros_like(p), -step), left, P, TILE, MASKED)
+    next_p = tl.fma(p, decay + tl.zeros_like(p), -step)
+    store_parameter(row, p_ptr, start, left, next_p, key, P, ROUNDING, TILE, MASKED)
 
 
 @triton.jit(do_not_specialize=bits.RUNTIME)
@@ -57,10 +60,14 @@ def _apply_kernel(
     inverse_scale: tl.int64,
     words_per_shard: tl.int32, shard_stride: tl.int64, plane_stride: tl.int64, n_planes: tl.int32,
     n_ranks: tl.int32, presence_stride: tl.int64, advance: tl.int32, found_inf_address: tl.int64,
-    P: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
+    rounding_key: tl.int64,
+    P: tl.constexpr, ROUNDING: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if not bits.is_set(found_inf_address):
-        if (tl.program_id(0) == 0) & (advance != 0):
+        key = rounding_key.to(tl.int64).to(tl.uint64, bitcast=True)
+        if ROUNDING == STOCHASTIC:
+            key = bits.coin_key(rounding_key, step_ptr)
+        elif (tl.program_id(0) == 0) & (advance != 0):
             tl.store(step_ptr, tl.load(step_ptr) + 1)
         row, start, left = bits.row_of(table_ptr, tile_rows_ptr, BLOCK)
         if _is_present(presence_ptr, presence_stride, n_ranks, tl.load(row + bits.INDEX)):
@@ -70,12 +77,13 @@ def _apply_kernel(
             if bits.is_full(row, left, BLOCK):
                 _apply_tile(
                     row, start, left, verdict_ptr, step_size, decay, scale,
-                    words_per_shard, shard_stride, plane_stride, n_planes, P, PLANES, BLOCK, False,
+                    words_per_shard, shard_stride, plane_stride, n_planes, key,
+                    P, ROUNDING, PLANES, BLOCK, False,
                 )  # fmt: skip
             else:
                 for i in range(0, left, bits.EDGE):
                     _apply_tile(
                         row, start + i, left - i, verdict_ptr, step_size, decay, scale,
-                        words_per_shard, shard_stride, plane_stride, n_planes,
-                        P, PLANES, bits.EDGE, True,
+                        words_per_shard, shard_stride, plane_stride, n_planes, key,
+                        P, ROUNDING, PLANES, bits.EDGE, True,
                     )  # fmt: skip

@@ -19,7 +19,8 @@ FIRST_WORD = tl.constexpr(4)  # place in the group's word space
 FIRST_TILE = tl.constexpr(5)  # the program that handles the tensor's first tile
 ALIGNED = tl.constexpr(6)  # whether every pointer of the row is a multiple of 16
 INDEX = tl.constexpr(7)  # place in the list; -1: no tensor, words that only fill the ballot
-COLUMNS = tl.constexpr(8)
+LOW = tl.constexpr(8)
+COLUMNS = tl.constexpr(9)
 
 # A multiple of 32; small, so that the masked path does not decide how many registers there are.
 EDGE = tl.constexpr(512)
@@ -29,7 +30,8 @@ RUNTIME = (
     "lr", "lr_address", "lr_bytes", "weight_decay", "complement1", "complement2", "key", "scale",
     "inverse_scale",
     "words_per_shard", "shard_stride", "plane_stride", "n_planes", "n_ranks", "presence_stride",
-    "flags_stride", "n_flag_words", "n_tiles", "advance", "grad_scale_address", "found_inf_address",
+    "flags_stride", "n_flag_words", "n_tiles", "rounding_key", "advance",
+    "grad_scale_address", "found_inf_address",
 )  # fmt: skip
 
 
@@ -62,11 +64,16 @@ def elements(TILE: tl.constexpr):
 
 
 @triton.jit
-def load(ptr, left, TILE: tl.constexpr, MASKED: tl.constexpr):
+def load_raw(ptr, left, TILE: tl.constexpr, MASKED: tl.constexpr):
     x = elements(TILE)
     if MASKED:
-        return tl.load(ptr + x, mask=x < left, other=0.0).to(tl.float32)
-    return tl.load(ptr + x).to(tl.float32)
+        return tl.load(ptr + x, mask=x < left, other=0)
+    return tl.load(ptr + x)
+
+
+@triton.jit
+def load(ptr, left, TILE: tl.constexpr, MASKED: tl.constexpr):
+    return load_raw(ptr, left, TILE, MASKED).to(tl.float32)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from lion_kernels.kernels.encode import _encode_kernel
 from lion_kernels.kernels.step import _step_kernel
 from lion_kernels.kernels.table import Launches, check_dense, identity, rows_by_dtypes, tables
 from lion_kernels.layout import pack_flags
-from lion_kernels.reference import mix64
+from lion_kernels.reference import ROUNDING_STREAM, mix64
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -126,6 +126,27 @@ def _complements(beta1: float, beta2: float, maximize: bool) -> tuple[int, int]:
     return _bits(sign * (1.0 - beta1)), _bits(sign * (1.0 - beta2))
 
 
+def _rounding_of(rounding: str, dtype: torch.dtype) -> int:
+    """The kernel's ROUNDING: float32 drops nothing."""
+    return 0 if dtype == torch.float32 else _ops.ROUNDINGS.index(rounding)
+
+
+def _rounding_key(seed: int) -> int:
+    return _signed(mix64(mix64(seed) ^ (ROUNDING_STREAM % 2**64)))
+
+
+def _kept(params: Sequence[Tensor], lows: Sequence[Tensor] | None) -> list[Tensor | None]:
+    """The low tensors that the kernels read."""
+    if not lows:
+        return [None] * len(params)
+    pairs = zip(params, lows, strict=True)
+    return [None if _ops.low_dtype(p.dtype) is None else low for p, low in pairs]
+
+
+def _advance(step: Tensor, found_inf: Tensor | None) -> None:
+    step += 1 if found_inf is None else (found_inf == 0).reshape(step.shape)
+
+
 def lion_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -138,6 +159,10 @@ def lion_step(
     nonfinite: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    rounding: str = "nearest",
+    lows: Sequence[Tensor] | None = None,
+    seed: int = 0,
+    step: Tensor | None = None,
 ) -> None:
     """See reference.lion_step."""
     device = params[0].device if params else lr.device
@@ -145,28 +170,41 @@ def lion_step(
     def launches() -> Launches:
         _ops.check_lion_step(
             params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite,
-            grad_scale, found_inf,
+            grad_scale, found_inf, rounding, lows, seed, step,
         )  # fmt: skip
         check_dense(params, "params", params)
         check_dense(grads, "grads", params)
         check_dense(exp_avgs, "exp_avgs", params)
-        return rows_by_dtypes(params, grads, exp_avgs, (params, exp_avgs))
+        kept = _kept(params, lows)
+        check_dense(kept, "lows", params)
+        return rows_by_dtypes(params, grads, exp_avgs, kept, (params, exp_avgs))
 
-    key = ("lion_step", identity(params, grads, exp_avgs), *_shapes(lr, grad_scale, found_inf))
+    tensors = identity(params, grads, exp_avgs, lows or ())
+    key = ("lion_step", tensors, rounding, *_shapes(lr, grad_scale, found_inf, step))
     if nonfinite is not None:
         _check_place(nonfinite, "nonfinite", device, torch.int64)
+    if step is not None:
+        _check_place(step, "step", device, torch.int64)
     complement1, complement2 = _complements(beta1, beta2, maximize)
     rate = _rate(lr, device)
     scale_address = _address(grad_scale, "grad_scale", device)
     found_inf_address = _address(found_inf, "found_inf", device)
+    # Where every program reads `step`, none of them may write it.
+    in_kernel = rounding != "stochastic"
     with _on(device):
-        for (p_dtype, m_dtype), table in tables(key, STEP.block, device, launches):
+        found = tables(key, STEP.block, device, launches)
+        for i, ((p_dtype, m_dtype), table) in enumerate(found):
             _step_kernel[(table.n_tiles,)](
-                table.rows, table.tile_rows, nonfinite, *rate, _bits(weight_decay),
-                beta1, complement1, beta2, complement2, scale_address, found_inf_address,
-                P=TRITON_DTYPES[p_dtype], M=TRITON_DTYPES[m_dtype], SKIP=nonfinite is not None,
+                table.rows, table.tile_rows, nonfinite, table.rows if step is None else step,
+                *rate, _bits(weight_decay), beta1, complement1, beta2, complement2,
+                scale_address, found_inf_address, _rounding_key(seed),
+                int(i == 0 and in_kernel and step is not None),
+                P=TRITON_DTYPES[p_dtype], M=TRITON_DTYPES[m_dtype],
+                ROUNDING=_rounding_of(rounding, p_dtype), SKIP=nonfinite is not None,
                 BLOCK=STEP.block, **options(STEP),
             )  # fmt: skip
+        if step is not None and not in_kernel:
+            _advance(step, found_inf)
 
 
 def encode(
@@ -198,7 +236,7 @@ def encode(
         check_dense(exp_avgs, "exp_avgs", exp_avgs, device)
         check_dense(grads, "grads", exp_avgs)
         absent = [None] * len(exp_avgs)
-        return rows_by_dtypes(absent, grads, exp_avgs, (grads, exp_avgs), n_words)
+        return rows_by_dtypes(absent, grads, exp_avgs, absent, (grads, exp_avgs), n_words)
 
     def flag_words() -> list[int]:
         return pack_flags([g is not None for g in grads], flags.shape[1])
@@ -236,31 +274,44 @@ def apply(
     weight_decay: float,
     step: Tensor,
     found_inf: Tensor | None = None,
+    rounding: str = "nearest",
+    lows: Sequence[Tensor] | None = None,
+    seed: int = 0,
 ) -> None:
     """See reference.apply."""
     device = verdict.device
 
     def launches() -> Launches:
-        _ops.check_apply(params, verdict, presence, scale, lr, weight_decay, step, found_inf)
+        _ops.check_apply(
+            params, verdict, presence, scale, lr, weight_decay, step, found_inf, rounding, lows,
+            seed,
+        )  # fmt: skip
         _check_words(verdict, "verdict", device, verdict.shape[0] * verdict.shape[2])
         _check_words(presence, "presence", device)
         check_dense(params, "params", params, device)
-        absent = [None] * len(params)
-        return rows_by_dtypes(params, absent, absent, (params,))
+        absent, kept = [None] * len(params), _kept(params, lows)
+        check_dense(kept, "lows", params)
+        return rows_by_dtypes(params, absent, absent, kept, (params,))
 
     buffers = _layouts(verdict, presence)
-    key = ("apply", identity(params), *buffers, scale, *_shapes(lr, step, found_inf))
+    tensors = identity(params, (), (), lows or ())
+    key = ("apply", tensors, rounding, *buffers, scale, *_shapes(lr, step, found_inf))
     _check_place(step, "step", device, torch.int64)
     rate = _rate(lr, device)
     found_inf_address = _address(found_inf, "found_inf", device)
+    in_kernel = rounding != "stochastic"
     with _on(device):
         _, planes, words_per_shard = verdict.shape
-        for i, ((dtype,), table) in enumerate(tables(key, APPLY.block, device, launches)):
+        found = tables(key, APPLY.block, device, launches)
+        for i, ((dtype,), table) in enumerate(found):
             _apply_kernel[(table.n_tiles,)](
                 table.rows, table.tile_rows, verdict, presence, step, *rate, _bits(weight_decay),
                 scale, _bits(1.0 / scale),
                 max(1, words_per_shard), verdict.stride(0), verdict.stride(1), planes,
-                presence.shape[0], presence.stride(0), int(i == 0), found_inf_address,
-                P=TRITON_DTYPES[dtype], PLANES=planes if planes <= 2 else 0,
-                BLOCK=APPLY.block, **options(APPLY),
+                presence.shape[0], presence.stride(0), int(i == 0 and in_kernel),
+                found_inf_address, _rounding_key(seed),
+                P=TRITON_DTYPES[dtype], ROUNDING=_rounding_of(rounding, dtype),
+                PLANES=planes if planes <= 2 else 0, BLOCK=APPLY.block, **options(APPLY),
             )  # fmt: skip
+        if not in_kernel:
+            _advance(step, found_inf)

@@ -7,18 +7,19 @@ import triton
 import triton.language as tl
 
 from lion_kernels.kernels import bits
+from lion_kernels.kernels.rounding import STOCHASTIC, load_parameter, store_parameter
 
 
 @triton.jit
 def _step_tile(
-    row, start, left, nonfinite_ptr, lr, decay, beta1, complement1, beta2, complement2,
-    P: tl.constexpr, M: tl.constexpr, SKIP: tl.constexpr, TILE: tl.constexpr,
-    MASKED: tl.constexpr,
+    row, start, left, nonfinite_ptr, lr, decay, beta1, complement1, beta2, complement2, key,
+    P: tl.constexpr, M: tl.constexpr, ROUNDING: tl.constexpr, SKIP: tl.constexpr,
+    TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     p_ptr = bits.pointer(row, bits.DATA, start, P, MASKED)
     g_ptr = bits.pointer(row, bits.GRAD, start, P, MASKED)
     m_ptr = bits.pointer(row, bits.EXP_AVG, start, M, MASKED)
-    p = bits.load(p_ptr, left, TILE, MASKED)
+    p = load_parameter(row, p_ptr, start, left, P, ROUNDING, TILE, MASKED)
     g = bits.load(g_ptr, left, TILE, MASKED)
     m = bits.load(m_ptr, left, TILE, MASKED)
     c = bits.interpolate(g, m, beta1, complement1)
@@ -30,18 +31,26 @@ def _step_tile(
         finite = tl.abs(c) < float("inf")
         next_p, next_m = tl.where(finite, next_p, p), tl.where(finite, next_m, m)
         bits.count_nonfinite(c, nonfinite_ptr)
-    bits.store(p_ptr, next_p, left, P, TILE, MASKED)
+    store_parameter(row, p_ptr, start, left, next_p, key, P, ROUNDING, TILE, MASKED)
     bits.store(m_ptr, next_m, left, M, TILE, MASKED)
 
 
 @triton.jit(do_not_specialize=bits.RUNTIME)
 def _step_kernel(
-    table_ptr, tile_rows_ptr, nonfinite_ptr, lr: tl.int64, lr_address: tl.int64, lr_bytes: tl.int32,
+    table_ptr, tile_rows_ptr, nonfinite_ptr, step_ptr,
+    lr: tl.int64, lr_address: tl.int64, lr_bytes: tl.int32,
     weight_decay: tl.int64, beta1, complement1: tl.int64, beta2, complement2: tl.int64,
     grad_scale_address: tl.int64, found_inf_address: tl.int64,
-    P: tl.constexpr, M: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
+    rounding_key: tl.int64, advance: tl.int32,
+    P: tl.constexpr, M: tl.constexpr, ROUNDING: tl.constexpr, SKIP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     if not bits.is_set(found_inf_address):
+        key = rounding_key.to(tl.int64).to(tl.uint64, bitcast=True)
+        if ROUNDING == STOCHASTIC:
+            key = bits.coin_key(rounding_key, step_ptr)
+        elif (tl.program_id(0) == 0) & (advance != 0):
+            tl.store(step_ptr, tl.load(step_ptr) + 1)
         row, start, left = bits.row_of(table_ptr, tile_rows_ptr, BLOCK)
         rate = bits.learning_rate(lr, lr_address, lr_bytes)
         decay = (1.0 - rate * bits.float64(weight_decay)).to(tl.float32)
@@ -51,11 +60,11 @@ def _step_kernel(
         if bits.is_full(row, left, BLOCK):
             _step_tile(
                 row, start, left, nonfinite_ptr, step_size, decay, beta1, c1, beta2, c2,
-                P, M, SKIP, BLOCK, False,
+                key, P, M, ROUNDING, SKIP, BLOCK, False,
             )  # fmt: skip
         else:
             for i in range(0, left, bits.EDGE):
                 _step_tile(
                     row, start + i, left - i, nonfinite_ptr, step_size, decay, beta1, c1, beta2, c2,
-                    P, M, SKIP, bits.EDGE, True,
+                    key, P, M, ROUNDING, SKIP, bits.EDGE, True,
                 )  # fmt: skip

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lion_kernels.layout import words_of
 
-# One tensor of a list: pointers (0: absent), elements, first word, place in the list.
-Row = tuple[int, int, int, int, int, int]
+# One tensor of a list: pointers of p, g, m and low (0: absent), elements, first word, place.
+Row = tuple[int, int, int, int, int, int, int]
 Key = tuple[object, ...]
 # The rows of each launch, by the dtypes that its kernel is compiled for.
 Launches = dict[tuple[torch.dtype, ...], list[Row]]
@@ -22,7 +22,7 @@ Launches = dict[tuple[torch.dtype, ...], list[Row]]
 
 @dataclass
 class Table:
-    rows: Tensor  # int64: 8 columns a tensor, then the presence flags
+    rows: Tensor  # int64: the columns of each tensor, then the presence flags
     flags: Tensor  # int64 (flag words,), a view of rows
     tile_rows: Tensor  # int32 (tiles,)
     staging: Tensor  # pinned: a captured copy reads it again at every replay
@@ -88,9 +88,9 @@ def _staging(n: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
 def _build(rows: Sequence[Row], flags: Sequence[int], block: int, device: torch.device) -> Table:
     values: list[int] = []
     tiles, first_tile = [], 0
-    for *pointers, numel, first_word, index in rows:
-        aligned = all(pointer % 16 == 0 for pointer in pointers)
-        values += (*pointers, numel, first_word, first_tile, aligned, index)
+    for p, g, m, low, numel, first_word, index in rows:
+        aligned = all(pointer % 16 == 0 for pointer in (p, g, m, low))
+        values += (p, g, m, numel, first_word, first_tile, aligned, index, low)
         # An empty row gets a tile, so that a list of empty tensors is a launch like any other.
         tiles.append(max(1, -(-numel // block)))
         first_tile += tiles[-1]
@@ -132,9 +132,10 @@ def identity(
     params: Sequence[Tensor | None] = (),
     grads: Sequence[Tensor | None] = (),
     exp_avgs: Sequence[Tensor | None] = (),
+    lows: Sequence[Tensor | None] = (),
 ) -> bytes:
     """What a table and the checks of lists depend on: equal for lists that are the same."""
-    return torch.ops.lion_kernels._identity(params, grads, exp_avgs).numpy().tobytes()
+    return torch.ops.lion_kernels._identity(params, grads, exp_avgs, lows).numpy().tobytes()
 
 
 def check_dense(
@@ -190,6 +191,7 @@ def rows_by_dtypes(
     params: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
     exp_avgs: Sequence[Tensor | None],
+    lows: Sequence[Tensor | None],
     decided_by: Sequence[Sequence[Tensor | None]],
     n_words: int | None = None,
 ) -> Launches:
@@ -199,19 +201,19 @@ def rows_by_dtypes(
     launches: Launches = {}
     undecided: list[Row] = []
     word = 0
-    for i, tensors in enumerate(zip(params, grads, exp_avgs, strict=True)):
+    for i, tensors in enumerate(zip(params, grads, exp_avgs, lows, strict=True)):
         numel = next(t.numel() for t in tensors if t is not None)
-        data, grad, exp_avg = (0 if t is None else t.data_ptr() for t in tensors)
+        p, g, m, low = (0 if t is None else t.data_ptr() for t in tensors)
         deciding = [each[i] for each in decided_by]
-        row = (data, grad, exp_avg, numel, word, i)
+        row = (p, g, m, low, numel, word, i)
         word += words_of(numel)
         if any(t is None for t in deciding):
             undecided.append(row)
         elif numel > 0:
             launches.setdefault(tuple(t.dtype for t in deciding if t is not None), []).append(row)
     if n_words is not None and word < n_words:
-        undecided.append((0, 0, 0, 32 * (n_words - word), word, -1))
+        undecided.append((0, 0, 0, 0, 32 * (n_words - word), word, -1))
     if undecided or not launches:
         first = next(iter(launches), (torch.float32,) * len(decided_by))
-        launches.setdefault(first, []).extend(undecided or [(0, 0, 0, 0, 0, 0)])
+        launches.setdefault(first, []).extend(undecided or [(0, 0, 0, 0, 0, 0, 0)])
     return launches
