@@ -40,8 +40,9 @@ at::Tensor identity(const OptionalTensors& params, const OptionalTensors& grads,
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(lion_kernels, m) {
-  m.def("_identity(Tensor?[] params, Tensor?[] grads, Tensor?[] exp_avgs, Tensor?[] lows) -> "
-        "Tensor");
+  m.def(
+      "_identity(Tensor?[] params, Tensor?[] grads, Tensor?[] exp_avgs, Tensor?[] lows) -> "
+      "Tensor");
 }
 TORCH_LIBRARY_IMPL(lion_kernels, CompositeExplicitAutograd, m) { m.impl("_identity", identity); }
 

@@ -33,7 +33,7 @@ LionScalars scalars_of(double beta1, double beta2, double lr, double weight_deca
                        const std::optional<at::Tensor>& grad_scale) {
   const double sign = maximize ? -1.0 : 1.0;
   const auto scale = static_cast<float>(amp_scalar(grad_scale, "grad_scale", 1.0));
-  LionScalars s;
+  LionScalars s{};
   s.beta1 = static_cast<float>(beta1);
   s.one_minus_beta1 = static_cast<float>(sign * (1.0 - beta1)) / scale;
   s.beta2 = static_cast<float>(beta2);
@@ -168,7 +168,8 @@ void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_a
                const std::optional<at::Tensor>& nonfinite,
                const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf, c10::string_view rounding_name,
-               const OptionalTensors& lows, int64_t seed, const std::optional<at::Tensor>& step) {
+               const OptionalTensors& lows, int64_t seed, const std::optional<at::Tensor>& step,
+               bool cautious, bool cautious_decay) {
   const Rounding rounding = rounding_of(rounding_name);
   check_rounding(rounding, lows, params.size(), step);
   TORCH_CHECK_VALUE(params.size() == grads.size() && params.size() == exp_avgs.size(),
@@ -193,10 +194,13 @@ void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_a
     space.append(p.numel());
   }
   const uint64_t key = rounding_key(rounding, seed, step);
-  const LionScalars scalars =
+  LionScalars scalars =
       scalars_of(beta1, beta2, scalar_value(lr, "lr"), weight_decay, maximize, grad_scale);
+  scalars.skip_nonfinite = nonfinite.has_value();
+  scalars.cautious = cautious;
+  scalars.cautious_decay = cautious_decay;
   if (is_set(found_inf)) return;
-  const auto& kernels = rows().step[nonfinite.has_value()][rounding];
+  const auto& kernels = rows().step[!scalars.is_plain()][rounding];
   std::atomic<int64_t> skipped{0};
   space.for_each_run([&](size_t t, int64_t begin, int64_t end) {
     const Item& item = items[t];
@@ -217,7 +221,7 @@ void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList ex
             const at::Tensor& ballot, const at::Tensor& flags, double beta1, double beta2,
             bool maximize, int64_t seed, int64_t rank, const at::Tensor& step,
             const at::Tensor& nonfinite, const std::optional<at::Tensor>& grad_scale,
-            const std::optional<at::Tensor>& found_inf) {
+            const std::optional<at::Tensor>& found_inf, bool cautious) {
   TORCH_CHECK_VALUE(grads.size() == exp_avgs.size(),
                     "grads and exp_avgs must have equal lengths, got ", grads.size(), " and ",
                     exp_avgs.size());
@@ -281,7 +285,7 @@ void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList ex
             abstain(s.count, run);
             return;
           }
-          const int64_t n = kernels.encode[item.dtype][item.exp_avg_dtype](
+          const int64_t n = kernels.encode[cautious][item.dtype][item.exp_avg_dtype](
               advance(item.grad, s.offset * item.data_size),
               advance(item.exp_avg, s.offset * item.exp_avg_size), s.count, scalars, run);
           if (n != 0) skipped += n;
@@ -304,7 +308,7 @@ void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList ex
 void apply(at::TensorList params, const at::Tensor& verdict, const at::Tensor& presence,
            int64_t scale, const at::Tensor& lr, double weight_decay, const at::Tensor& step,
            const std::optional<at::Tensor>& found_inf, c10::string_view rounding_name,
-           const OptionalTensors& lows, int64_t seed) {
+           const OptionalTensors& lows, int64_t seed, bool cautious_decay) {
   const Rounding rounding = rounding_of(rounding_name);
   check_rounding(rounding, lows, params.size(), step);
   check_planes(verdict, "verdict", 3);
@@ -346,15 +350,16 @@ void apply(at::TensorList params, const at::Tensor& verdict, const at::Tensor& p
   space.for_each_run([&](size_t t, int64_t first, int64_t last) {
     const Item& item = items[t];
     if (item.data == nullptr) return;
-    split_by_shard(
-        verdict.size(2), first, last, [&](int64_t shard, int64_t word, int64_t begin, int64_t end) {
-          VerdictRun run = shape;
-          run.plane0 = words + shard * verdict.stride(0) + word;
-          const Segment s = segment_of(space, t, begin, end, item.numel);
-          kernels.apply[rounding][item.dtype](advance(item.data, s.offset * item.data_size),
-                                              advance(item.low, s.offset * item.data_size), s.count,
-                                              run, RoundingRun{key, static_cast<uint64_t>(begin)});
-        });
+    split_by_shard(verdict.size(2), first, last,
+                   [&](int64_t shard, int64_t word, int64_t begin, int64_t end) {
+                     VerdictRun run = shape;
+                     run.plane0 = words + shard * verdict.stride(0) + word;
+                     const Segment s = segment_of(space, t, begin, end, item.numel);
+                     kernels.apply[cautious_decay][rounding][item.dtype](
+                         advance(item.data, s.offset * item.data_size),
+                         advance(item.low, s.offset * item.data_size), s.count, run,
+                         RoundingRun{key, static_cast<uint64_t>(begin)});
+                   });
   });
   step.add_(1);
 }

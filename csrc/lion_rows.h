@@ -25,6 +25,14 @@ struct Moments {
   Vec next(Vec g, Vec m) const { return fma(one_minus_beta2, g, multiply(beta2, m)); }
 };
 
+// Cautious Lion (arXiv:2411.16085, without the mean rescale): drops the lanes whose sign is not
+// that of the gradient.
+inline void keep_agreeing(const LionScalars& s, const Vec& g, uint32_t& up, uint32_t& down) {
+  const Vec slope = multiply(g, fill(s.one_minus_beta1 < 0.0f ? -1.0f : 1.0f));
+  up &= positive(slope);
+  down &= negative(slope);
+}
+
 // Runs `word(offset, pointers...)` for every 32 elements; the last, partial word goes through
 // zero-padded copies, so that the vector code never sees an edge. `valid` has a bit an element.
 template <class Word, class... T>
@@ -45,7 +53,7 @@ inline void for_each_word(int64_t n, Word word, T*... data) {
       padded);
 }
 
-template <class G, class M>
+template <bool kCautious, class G, class M>
 int64_t encode_row(const void* g_data, void* m_data, int64_t n, const LionScalars& scalars,
                    const BallotRun& ballot) {
   const Moments moments(scalars);
@@ -64,8 +72,10 @@ int64_t encode_row(const void* g_data, void* m_data, int64_t n, const LionScalar
             next[j] = select(ok, next[j], m);
             nonfinite += __builtin_popcount(kAllLanes & ~ok);
           }
-          plus |= (positive(c) & ok) << (j * Vec::kLanes);
-          minus |= (negative(c) & ok) << (j * Vec::kLanes);
+          uint32_t up = positive(c) & ok, down = negative(c) & ok;
+          if constexpr (kCautious) keep_agreeing(scalars, g, up, down);
+          plus |= up << (j * Vec::kLanes);
+          minus |= down << (j * Vec::kLanes);
         }
         store_word(m_word, next);
         const uint32_t zero = valid & ~(plus | minus);
@@ -81,7 +91,7 @@ int64_t encode_row(const void* g_data, void* m_data, int64_t n, const LionScalar
   return nonfinite;
 }
 
-template <bool kSkipNonfinite, int kRounding, class P, class M>
+template <bool kPlain, int kRounding, class P, class M>
 int64_t step_row(void* p_data, const void* g_data, void* m_data, void* low_data, int64_t n,
                  const LionScalars& scalars, const RoundingRun& rounding) {
   const Moments moments(scalars);
@@ -97,13 +107,21 @@ int64_t step_row(void* p_data, const void* g_data, void* m_data, void* low_data,
           const Vec p = load_parameter<kRounding, P>(p_word + at, low_word + at);
           const Vec g = load(g_word + j * Vec::kLanes), m = load(m_word + j * Vec::kLanes);
           const Vec c = moments.update(g, m);
-          // Neither above nor below 0: a zero, or a NaN that must stay visible.
-          const Vec sign = select(positive(c), one, select(negative(c), minus_one, c));
-          next_p[j] = fms(p, decay, multiply(lr, sign));
           next_m[j] = moments.next(g, m);
-          if constexpr (kSkipNonfinite) {
-            const uint32_t ok = finite(c);
-            if (ok != kAllLanes) {
+          if constexpr (kPlain) {
+            // Neither above nor below 0: a zero, or a NaN that must stay visible.
+            const Vec sign = select(positive(c), one, select(negative(c), minus_one, c));
+            next_p[j] = fms(p, decay, multiply(lr, sign));
+          } else {
+            uint32_t up = positive(c), down = negative(c);
+            const uint32_t ok = finite(c), nan = ~(up | down | ok);
+            if (scalars.cautious) keep_agreeing(scalars, g, up, down);
+            const Vec sign = select(up, one, select(down, minus_one, select(nan, c, fill(0.0f))));
+            Vec kept = decay;
+            // Cautious weight decay (arXiv:2510.12402).
+            if (scalars.cautious_decay) kept = select(negative(multiply(sign, p)), one, decay);
+            next_p[j] = fms(p, kept, multiply(lr, sign));
+            if (scalars.skip_nonfinite && ok != kAllLanes) {
               next_p[j] = select(ok, next_p[j], p);
               next_m[j] = select(ok, next_m[j], m);
               nonfinite += __builtin_popcount(kAllLanes & ~ok);
@@ -119,7 +137,7 @@ int64_t step_row(void* p_data, const void* g_data, void* m_data, void* low_data,
 }
 
 // kPlanes = 0: as many as the run says.
-template <int kRounding, class P, int kPlanes>
+template <bool kCautiousDecay, int kRounding, class P, int kPlanes>
 void apply_planes(P* p_data, Low<kRounding, P>* low_data, int64_t n, const VerdictRun& verdict,
                   const RoundingRun& rounding) {
   const int n_planes = kPlanes == 0 ? verdict.n_planes : kPlanes;
@@ -139,19 +157,24 @@ void apply_planes(P* p_data, Low<kRounding, P>* low_data, int64_t n, const Verdi
         for (int j = 0; j < kVecs; ++j) {
           const int at = j * Vec::kLanes;
           const Vec p = load_parameter<kRounding, P>(p_word + at, low_word + at);
-          sum[j] = fms(p, decay, multiply(step_size, sum[j]));
+          Vec kept = decay;
+          if constexpr (kCautiousDecay)
+            kept = select(negative(multiply(sum[j], p)), fill(1.0f), decay);
+          sum[j] = fms(p, kept, multiply(step_size, sum[j]));
         }
         store_parameters<kRounding, P>(p_word, low_word, sum, rounding, i);
       },
       p_data, low_data);
 }
 
-template <int kRounding, class P>
+template <bool kCautiousDecay, int kRounding, class P>
 void apply_row(void* p_data, void* low_data, int64_t n, const VerdictRun& verdict,
                const RoundingRun& rounding) {
   P* p = static_cast<P*>(p_data);
   auto* low = static_cast<Low<kRounding, P>*>(low_data);
-  if (verdict.n_planes == 1) return apply_planes<kRounding, P, 1>(p, low, n, verdict, rounding);
-  if (verdict.n_planes == 2) return apply_planes<kRounding, P, 2>(p, low, n, verdict, rounding);
-  return apply_planes<kRounding, P, 0>(p, low, n, verdict, rounding);
+  if (verdict.n_planes == 1)
+    return apply_planes<kCautiousDecay, kRounding, P, 1>(p, low, n, verdict, rounding);
+  if (verdict.n_planes == 2)
+    return apply_planes<kCautiousDecay, kRounding, P, 2>(p, low, n, verdict, rounding);
+  apply_planes<kCautiousDecay, kRounding, P, 0>(p, low, n, verdict, rounding);
 }

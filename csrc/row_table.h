@@ -15,24 +15,31 @@ inline void copy_back(const T*, const T*, size_t) {}
 #include "lion_rows.h"
 #include "tally_rows.h"
 
-#define LION_MOMENTA(skip, rounding, P)                                   \
-  {step_row<skip, rounding, P, float>, step_row<skip, rounding, P, BF16>, \
-   step_row<skip, rounding, P, F16>}
-#define LION_TYPES(skip, rounding)                                          \
-  {LION_MOMENTA(skip, kNearest, float), LION_MOMENTA(skip, rounding, BF16), \
-   LION_MOMENTA(skip, rounding, F16)}
-#define LION_STEPS(skip) \
-  {LION_TYPES(skip, kNearest), LION_TYPES(skip, kStochastic), LION_TYPES(skip, kCompensated)}
+// The momentum's types; the parameter's; every rounding. float32 parameters drop nothing.
+#define LION_MOMENTA(plain, rounding, P)                                    \
+  {step_row<plain, rounding, P, float>, step_row<plain, rounding, P, BF16>, \
+   step_row<plain, rounding, P, F16>}
+#define LION_TYPES(plain, rounding)                                           \
+  {LION_MOMENTA(plain, kNearest, float), LION_MOMENTA(plain, rounding, BF16), \
+   LION_MOMENTA(plain, rounding, F16)}
+#define LION_STEPS(plain) \
+  {LION_TYPES(plain, kNearest), LION_TYPES(plain, kStochastic), LION_TYPES(plain, kCompensated)}
+#define LION_APPLIES(cautious, rounding)                                      \
+  {apply_row<cautious, kNearest, float>, apply_row<cautious, rounding, BF16>, \
+   apply_row<cautious, rounding, F16>}
+#define LION_ENCODE(cautious, G) \
+  {encode_row<cautious, G, float>, encode_row<cautious, G, BF16>, encode_row<cautious, G, F16>}
+#define LION_ENCODES(cautious) \
+  {LION_ENCODE(cautious, float), LION_ENCODE(cautious, BF16), LION_ENCODE(cautious, F16)}
 
 const RowKernels kRows = {
     LION_SIMD_NAME,
-    {{encode_row<float, float>, encode_row<float, BF16>, encode_row<float, F16>},
-     {encode_row<BF16, float>, encode_row<BF16, BF16>, encode_row<BF16, F16>},
-     {encode_row<F16, float>, encode_row<F16, BF16>, encode_row<F16, F16>}},
-    {LION_STEPS(false), LION_STEPS(true)},
-    {{apply_row<kNearest, float>, apply_row<kNearest, BF16>, apply_row<kNearest, F16>},
-     {apply_row<kNearest, float>, apply_row<kStochastic, BF16>, apply_row<kStochastic, F16>},
-     {apply_row<kNearest, float>, apply_row<kCompensated, BF16>, apply_row<kCompensated, F16>}},
+    {LION_ENCODES(false), LION_ENCODES(true)},
+    {LION_STEPS(true), LION_STEPS(false)},
+    {{LION_APPLIES(false, kNearest), LION_APPLIES(false, kStochastic),
+      LION_APPLIES(false, kCompensated)},
+     {LION_APPLIES(true, kNearest), LION_APPLIES(true, kStochastic),
+      LION_APPLIES(true, kCompensated)}},
     count_row<Tally>,
     count_row<Elect>,
 };

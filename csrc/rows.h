@@ -26,6 +26,11 @@ struct LionScalars {
   float beta1, one_minus_beta1;  // the complements are negated for maximize
   float beta2, one_minus_beta2;
   float lr, decay;  // decay = 1 - lr * weight_decay
+  // step only, which has kernels without any of them:
+  bool skip_nonfinite;
+  bool cautious;        // no update against the sign of the gradient
+  bool cautious_decay;  // no decay against the update
+  bool is_plain() const { return !skip_nonfinite && !cautious && !cautious_decay; }
 };
 
 // Where a run of words [first_word, ...) of the group goes in a ballot.
@@ -70,9 +75,9 @@ using TallyFn = void (*)(const TallyRows&, int64_t begin, int64_t end);
 
 struct RowKernels {
   const char* name;
-  EncodeFn encode[kNumDTypes][kNumDTypes];                // [gradient][momentum]
-  StepFn step[2][kNumRoundings][kNumDTypes][kNumDTypes];  // [skip non-finite]..[p][momentum]
-  ApplyFn apply[kNumRoundings][kNumDTypes];
+  EncodeFn encode[2][kNumDTypes][kNumDTypes];             // [cautious][gradient][momentum]
+  StepFn step[2][kNumRoundings][kNumDTypes][kNumDTypes];  // [not plain]..[parameter][momentum]
+  ApplyFn apply[2][kNumRoundings][kNumDTypes];            // [cautious decay]..
   TallyFn tally;
   TallyFn elect;
 };

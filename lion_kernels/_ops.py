@@ -25,19 +25,22 @@ except ImportError as error:
 # float32 (1,), is not zero, the op changes nothing; `step`, int64 (1,), goes into the coins.
 # `rounding`: "nearest"; "stochastic", random bits from (seed, step, element); "compensated", where
 # lows[i] keeps what parameter i drops: int16 for bfloat16, float16 for float16, not read otherwise.
-# What writes parameters ends the step: it adds 1 to `step`.
+# What writes parameters ends the step: it adds 1 to `step`. `cautious`: a sign that is not the
+# gradient's is 0. `cautious_decay`: weights decay only where that is the update's direction.
 SCHEMAS = {
     # One device: encode and apply in one pass. `nonfinite`: int64 (1,), counts skipped elements;
     # without it nothing is skipped and a NaN shows in the parameter.
     "lion_step": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor lr, "
     "float beta1, float beta2, float weight_decay, bool maximize, Tensor(c!)? nonfinite=None, "
     "Tensor? grad_scale=None, Tensor? found_inf=None, str rounding='nearest', "
-    "Tensor(d!)[]? lows=None, int seed=0, Tensor(e!)? step=None) -> ()",
+    "Tensor(d!)[]? lows=None, int seed=0, Tensor(e!)? step=None, bool cautious=False, "
+    "bool cautious_decay=False) -> ()",
     # ballot: (shards, 1 or 2 planes, words); flags: (shards, flag words), one bit a tensor. A None
     # gradient abstains.
     "encode": "(Tensor?[] grads, Tensor(a!)[] exp_avgs, Tensor(b!) ballot, Tensor(c!) flags, "
     "float beta1, float beta2, bool maximize, int seed, int rank, Tensor step, "
-    "Tensor(d!) nonfinite, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+    "Tensor(d!) nonfinite, Tensor? grad_scale=None, Tensor? found_inf=None, "
+    "bool cautious=False) -> ()",
     # ballots: (n, planes, words), integers whose sum is at most `scale`; tally: (planes, words).
     "tally": "(Tensor ballots, Tensor(a!) tally, int scale) -> ()",
     # verdict: (1 or 2 planes, words). `first_word`: position of word 0 in the group, for the coins.
@@ -46,7 +49,7 @@ SCHEMAS = {
     # verdict: (shards, planes, words); presence: (ranks, flag words).
     "apply": "(Tensor(a!)[] params, Tensor verdict, Tensor presence, int scale, Tensor lr, "
     "float weight_decay, Tensor(b!) step, Tensor? found_inf=None, str rounding='nearest', "
-    "Tensor(c!)[]? lows=None, int seed=0) -> ()",
+    "Tensor(c!)[]? lows=None, int seed=0, bool cautious_decay=False) -> ()",
 }
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
@@ -179,6 +182,8 @@ def check_lion_step(
     lows: Sequence[Tensor] | None = None,
     seed: int = 0,
     step: Tensor | None = None,
+    cautious: bool = False,
+    cautious_decay: bool = False,
 ) -> None:
     _check_pairs(grads, params, "grads", "params")
     _check_pairs(exp_avgs, params, "exp_avgs", "params")
@@ -205,6 +210,7 @@ def check_encode(
     nonfinite: Tensor,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    cautious: bool = False,
 ) -> None:
     _check_pairs(grads, exp_avgs, "grads", "exp_avgs")
     _check_storage(grads, "grads")
@@ -267,6 +273,7 @@ def check_apply(
     rounding: str = "nearest",
     lows: Sequence[Tensor] | None = None,
     seed: int = 0,
+    cautious_decay: bool = False,
 ) -> None:
     _check_storage(params, "params")
     _check_planes(verdict, "verdict", 3)

@@ -37,7 +37,7 @@ CHOICES = {
 # Of a group, the same on every rank.
 OPTIONS = (
     "lr", "betas", "weight_decay", "maximize", "momentum_dtype", "rounding",
-    "independent_weight_decay", "reference_lr", "step",
+    "independent_weight_decay", "cautious", "cautious_weight_decay", "reference_lr", "step",
 )  # fmt: skip
 
 
@@ -59,6 +59,9 @@ class DistributedLion(Lion):
     Args:
         params, lr, betas, weight_decay, maximize, momentum_dtype, rounding,
             independent_weight_decay: as for Lion.
+        cautious: a worker whose c has not the sign of its gradient votes zero; best with ternary
+            ballots, for a binary zero vote is a coin.
+        cautious_weight_decay: decay only where delta * p >= 0.
         process_group: the workers; None means the default group.
         aggregation: "majority" or "average".
         ballots: "binary", one bit: a zero vote is a coin hashed from (seed, rank, step, element);
@@ -93,6 +96,8 @@ class DistributedLion(Lion):
         momentum_dtype: torch.dtype | str | None = None,
         rounding: str = "nearest",
         independent_weight_decay: bool = False,
+        cautious: bool = False,
+        cautious_weight_decay: bool = False,
         broadcast: bool = True,
         check_every: int = 0,
     ) -> None:
@@ -125,7 +130,8 @@ class DistributedLion(Lion):
         super().__init__(
             params, lr, betas, weight_decay, maximize=maximize, momentum_dtype=momentum_dtype,
             rounding=rounding, nonfinite="skip", seed=seed,
-            independent_weight_decay=independent_weight_decay,
+            independent_weight_decay=independent_weight_decay, cautious=cautious,
+            cautious_weight_decay=cautious_weight_decay,
         )  # fmt: skip
         self._agree(self.param_groups)
         self._constructed = True
@@ -270,6 +276,7 @@ class DistributedLion(Lion):
             self._counter(device),
             grad_scale,
             found_inf,
+            group["cautious"],
         )
 
         def count(ballots: Tensor, verdict: Tensor, first_word: int) -> None:
@@ -294,5 +301,6 @@ class DistributedLion(Lion):
             group["rounding"],
             batch.lows,
             self.seed,
+            group["cautious_weight_decay"],
         )
         batch.write_back()

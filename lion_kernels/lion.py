@@ -114,6 +114,10 @@ class Lion(Optimizer):
             weight_decay * lr, as MosaicML's DecoupledLionW does; weight_decay=w then equals
             w / initial lr without it. The initial lr is the group's at construction, kept as its
             "reference_lr".
+        cautious: leave weights whose update has not the sign of their gradient: sign(c) is 0
+            where sign(c) != sign(g) (Liang et al. 2024, arXiv:2411.16085, without the rescale).
+        cautious_weight_decay: decay only where sign(c) * p >= 0, so that decay never works
+            against the update (Chen et al. 2025, arXiv:2510.12402).
         seed: of stochastic rounding.
 
     Raises:
@@ -139,6 +143,8 @@ class Lion(Optimizer):
         rounding: str = "nearest",
         nonfinite: str = "propagate",
         independent_weight_decay: bool = False,
+        cautious: bool = False,
+        cautious_weight_decay: bool = False,
         seed: int = 0,
     ) -> None:
         _ops.require_native()
@@ -155,6 +161,8 @@ class Lion(Optimizer):
             "rounding": rounding,
             "nonfinite": nonfinite,
             "independent_weight_decay": independent_weight_decay,
+            "cautious": cautious,
+            "cautious_weight_decay": cautious_weight_decay,
         }
         check_options(defaults)
         defaults.pop("reference_lr", None)  # each group's own
@@ -360,6 +368,8 @@ class Lion(Optimizer):
                 batch.lows,
                 self.seed,
                 group.get("step"),
+                group["cautious"],
+                group["cautious_weight_decay"],
             )
             batch.write_back()
 

@@ -74,6 +74,11 @@ def _interpolate(
     return _fma(g.float(), complement, m.float() * _f32(beta))
 
 
+def _cautious(sign: Tensor, g: Tensor, maximize: bool) -> Tensor:
+    """Signs that are not the gradient's, as it is descended, are 0."""
+    return torch.where(sign == g.float().sign() * (-1 if maximize else 1), sign, 0.0)
+
+
 def lion_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -90,12 +95,15 @@ def lion_step(
     lows: Sequence[Tensor] | None = None,
     seed: int = 0,
     step: Tensor | None = None,
+    cautious: bool = False,
+    cautious_decay: bool = False,
 ) -> None:
     """c = beta1 * m + (1 - beta1) * g;  m = beta2 * m + (1 - beta2) * g;
-    p = p * (1 - lr * weight_decay) - lr * sign(c), with sign(NaN) = NaN."""
+    p = p * (1 - lr * weight_decay) - lr * sign(c), with sign(NaN) = NaN. Cautious: a sign that is
+    not g's is 0. Cautious decay: no decay where sign(c) * p < 0."""
     _ops.check_lion_step(
         params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite, grad_scale,
-        found_inf, rounding, lows, seed, step,
+        found_inf, rounding, lows, seed, step, cautious, cautious_decay,
     )  # fmt: skip
     if _is_set(found_inf):
         return
@@ -104,12 +112,16 @@ def lion_step(
     for i, (g, m) in enumerate(zip(grads, exp_avgs, strict=True)):
         c = _interpolate(m, g, beta1, maximize, grad_scale)
         next_m = _interpolate(m, g, beta2, maximize, grad_scale)
-        sign = torch.where(c.isnan(), c, c.sign())
-        next_p = _fma(put.parameter(i), decay, -_f32(lr.item()) * sign)
+        sign = _cautious(c.sign(), g, maximize) if cautious else c.sign()
+        sign = torch.where(c.isnan(), c, sign)
+        p = put.parameter(i)
+        next_p = _fma(p, decay, -_f32(lr.item()) * sign)
+        if cautious_decay:
+            next_p = torch.where(sign * p < 0, _fma(p, 1.0, -_f32(lr.item()) * sign), next_p)
         if nonfinite is not None:
             skip = ~c.isfinite()
             nonfinite += skip.sum()
-            next_p = torch.where(skip, put.parameter(i), next_p)
+            next_p = torch.where(skip, p, next_p)
             next_m = torch.where(skip, m, next_m)
         put.store(i, next_p)
         m.copy_(next_m)
@@ -131,13 +143,14 @@ def encode(
     nonfinite: Tensor,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    cautious: bool = False,
 ) -> None:
     """vote = sign(c), sent as v = (vote + 1) / 2 (one plane; a zero vote is a coin) or
-    v = vote + 1 (two planes). A non-finite c votes zero and leaves its momentum. Bit t of the
-    flags: whether tensor t has a gradient here."""
+    v = vote + 1 (two planes). A non-finite c votes zero and leaves its momentum; cautious, a vote
+    that is not the gradient's sign is zero. Bit t of the flags: whether tensor t has a gradient."""
     _ops.check_encode(
         grads, exp_avgs, ballot, flags, beta1, beta2, maximize, seed, rank, step, nonfinite,
-        grad_scale, found_inf,
+        grad_scale, found_inf, cautious,
     )  # fmt: skip
     if _is_set(found_inf):
         return
@@ -149,7 +162,8 @@ def encode(
         if g is not None:
             c = _interpolate(m, g, beta1, maximize, grad_scale)
             abstain = ~c.isfinite()
-            vote = torch.where(abstain, 0.0, c.sign())
+            vote = _cautious(c.sign(), g, maximize) if cautious else c.sign()
+            vote = torch.where(abstain, 0.0, vote)
             m.copy_(torch.where(abstain, m, _interpolate(m, g, beta2, maximize, grad_scale)))
             nonfinite += abstain.sum()
         votes = _storage_order(torch.empty_like(m, dtype=torch.float32).copy_(vote)).long()
@@ -199,12 +213,15 @@ def apply(
     rounding: str = "nearest",
     lows: Sequence[Tensor] | None = None,
     seed: int = 0,
+    cautious_decay: bool = False,
 ) -> None:
     """p = p * (1 - lr * weight_decay) - (lr / scale) * (2 * v - scale), for tensors that any rank
-    flagged as present; the others are left alone."""
+    flagged as present; the others are left alone. Cautious decay: none where (2 * v - scale) * p
+    is below 0."""
     _ops.check_apply(
-        params, verdict, presence, scale, lr, weight_decay, step, found_inf, rounding, lows, seed
-    )
+        params, verdict, presence, scale, lr, weight_decay, step, found_inf, rounding, lows, seed,
+        cautious_decay,
+    )  # fmt: skip
     if _is_set(found_inf):
         return
     put = _Rounding(params, rounding, lows, seed, step)
@@ -215,7 +232,12 @@ def apply(
     for i, (p, span) in enumerate(zip(params, _spans(params), strict=True)):
         if present[i]:
             delta = _like_storage((2 * v[span] - scale).float(), p)
-            put.store(i, _fma(put.parameter(i), decay, -step_size * delta))
+            whole = put.parameter(i)
+            next_p = _fma(whole, decay, -step_size * delta)
+            if cautious_decay:
+                kept = _fma(whole, 1.0, -step_size * delta)
+                next_p = torch.where(delta * whole < 0, kept, next_p)
+            put.store(i, next_p)
     step += 1
 
 

@@ -44,26 +44,28 @@ def variants():
         g_size, m_size = DTYPES[g].itemsize, DTYPES[m].itemsize
         p_type, m_type = (launch.TRITON_DTYPES[DTYPES[name]] for name in (g, m))
         constants = {"P": p_type, "M": m_type, "ROUNDING": ROUNDINGS.index(rounding)}
-        constants |= {"SKIP": flag, "BLOCK": launch.STEP.block}
-        if not flag:
-            constants["nonfinite_ptr"] = None
+        constants |= {"PLAIN": not flag, "BLOCK": launch.STEP.block}
         low = (g_size,) if rounding == "compensated" else ()
         yield (
-            "step", f"{types}{', skip' if flag else ''}, {rounding}", constants,
+            "step", f"{types}{', with options' if flag else ''}, {rounding}", constants,
             (g_size, g_size, m_size, *low), (g_size, m_size, *low),
         )  # fmt: skip
         if rounding != "nearest":
             continue
-        constants = {"G": p_type, "M": m_type, "TERNARY": flag, "BLOCK": launch.ENCODE.block}
-        kind = "ternary" if flag else "binary"
-        yield "encode", f"{types}, {kind}", constants, (g_size, m_size), (m_size,)
+        for cautious in (False, True):
+            constants = {"G": p_type, "M": m_type, "TERNARY": flag, "CAUTIOUS": cautious}
+            kind = ("ternary" if flag else "binary") + ", cautious" * cautious
+            constants["BLOCK"] = launch.ENCODE.block
+            yield "encode", f"{types}, {kind}", constants, (g_size, m_size), (m_size,)
     for (p, dtype), planes, rounding in itertools.product(DTYPES.items(), (1, 2, 0), ROUNDINGS):
         if p == "float32" and rounding != "nearest":
             continue
         constants = {"P": launch.TRITON_DTYPES[dtype], "ROUNDING": ROUNDINGS.index(rounding)}
-        constants |= {"PLANES": planes, "BLOCK": launch.APPLY.block}
         sizes = (dtype.itemsize,) * (2 if rounding == "compensated" else 1)
-        yield "apply", f"{p}, planes {planes or 'any'}, {rounding}", constants, sizes, sizes
+        for cautious in (False, True):
+            more = {"PLANES": planes, "CAUTIOUS": cautious, "BLOCK": launch.APPLY.block}
+            name = f"{p}, planes {planes or 'any'}, {rounding}" + ", cautious" * cautious
+            yield "apply", name, constants | more, sizes, sizes
 
 
 KERNELS = {

@@ -12,7 +12,18 @@ from lion_kernels.layout import BallotLayout, pack_flags
 LR, WD = 3e-3, 0.7
 
 
-def run(backend, params, integers, planes, scale, shards=1, present=None, lr=None, found_inf=None):
+def run(
+    backend,
+    params,
+    integers,
+    planes,
+    scale,
+    shards=1,
+    present=None,
+    lr=None,
+    found_inf=None,
+    **more,
+):
     """Applies integers[t] of 0 .. scale, one vector a tensor."""
     layout = BallotLayout(tuple(p.numel() for p in params), planes, shards)
     flat = torch.zeros(shards * layout.words_per_shard * 32, dtype=torch.int64)
@@ -25,7 +36,7 @@ def run(backend, params, integers, planes, scale, shards=1, present=None, lr=Non
     flags[1] = torch.tensor(pack_flags(present or [True] * len(params), layout.flag_words))
     step = step_of(7)
     lr = lr_of(LR) if lr is None else lr
-    backend.apply(params, verdict, flags, scale, lr, WD, step, found_inf)
+    backend.apply(params, verdict, flags, scale, lr, WD, step, found_inf, **more)
     assert step.item() == (7 if found_inf is not None and found_inf.item() else 8)
 
 
@@ -86,6 +97,21 @@ def test_tensor_lr(backend, lr):
     v = torch.randint(0, 2, (100,), generator=generator(2))
     expected = want(p, v, 1)
     run(backend, [p], [v], 1, 1, lr=lr)
+    np.testing.assert_array_equal(array(p), expected)
+
+
+@pytest.mark.parametrize(("planes", "scale"), [(1, 1), (2, 2), (4, 8)])
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+def test_cautious_decay(backend, dtype, planes, scale):
+    gen = generator(scale)
+    p = torch.randn(2000, generator=gen).to(dtype)
+    p[:100] = 0.0
+    v = torch.randint(0, scale + 1, (2000,), generator=gen)
+    total = 2 * v.numpy() - scale
+    decayed = want(p, v, scale)
+    kept = stored(oracle.average_update(array(p), total, scale, LR, 0.0), dtype)
+    expected = np.where(total * array(p) < 0, kept, decayed)
+    run(backend, [p], [v], planes, scale, cautious_decay=True)
     np.testing.assert_array_equal(array(p), expected)
 
 

@@ -115,6 +115,25 @@ def test_not_finite_abstains(backend, planes):
     assert torch.isfinite(m[[3, 500, 999]]).all()
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("planes", [1, 2])
+def test_cautious_votes(backend, planes, maximize):
+    """A vote that is not the gradient's sign is a zero vote; the momentum moves all the same."""
+    gen = generator(9)
+    g, m = exact(2000, gen), exact(2000, gen)
+    c = oracle.interpolate(array(m), array(g), 0.5, maximize)
+    agrees = np.sign(c) == np.sign(array(g)) * (-1 if maximize else 1)
+    coins = oracle.coin(SEED, RANK, STEP, 0, 2000)
+    vote = oracle.votes(np.where(agrees, c, 0), "binary" if planes == 1 else "ternary", coins)
+    v = np.zeros(2048, np.int64)
+    v[:2000] = (vote + 1) // 2 if planes == 1 else vote + 1
+    new_m = oracle.interpolate(array(m), array(g), 0.75, maximize)
+    got, _ = run(backend, [g], [m], planes, maximize=maximize, cautious=True)
+    want = np.stack([oracle.pack((v >> b) & 1) for b in range(planes)])
+    np.testing.assert_array_equal(got[:, : want.shape[1]], want)
+    np.testing.assert_array_equal(array(m), new_m)
+
+
 def test_zero_votes_are_fair_coins_that_differ_by_rank_and_step(backend):
     layout = BallotLayout((64000,), 1, 1)
     tosses = []

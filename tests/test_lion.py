@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import oracle
-from common import array, bits_equal, generator
+from common import array, bits_equal, exact, generator
 from lion_kernels import Lion
 
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.3}
@@ -567,3 +567,22 @@ def test_bad_new_options():
         Lion(parameters((3,)), nonfinite="drop")
     with pytest.raises(ValueError, match=r"seed must be in \[0, 2\*\*63\), got -1"):
         Lion(parameters((3,)), seed=-1)
+
+
+def test_cautious_lion():
+    """Options reach the kernel: against the formulas of their papers, in PyTorch."""
+    (p,) = parameters((50,))
+    expected, m = p.detach().clone(), torch.zeros(50)
+    opt = Lion(
+        [p], lr=0.01, betas=(0.5, 0.75), weight_decay=0.5, cautious=True, cautious_weight_decay=True
+    )
+    for step in range(6):
+        g = exact(50, generator(step))
+        c = 0.5 * m + 0.5 * g
+        u = torch.where(c * g > 0, c.sign(), 0.0)
+        decay = torch.where(u * expected >= 0, 0.5, 0.0)
+        expected = expected - 0.01 * (u + decay * expected)
+        m = 0.75 * m + 0.25 * g
+        p.grad = g
+        opt.step()
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-6)

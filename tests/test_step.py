@@ -138,6 +138,41 @@ def test_grad_scale_divides_the_gradients(backend, scale):
         np.testing.assert_array_equal(array(m), expected[1])
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize(
+    ("cautious", "cautious_decay"), [(True, False), (False, True), (True, True)]
+)
+def test_cautious(backend, cautious, cautious_decay, maximize):
+    """From the papers: u = sign(c) where that is sign(g), else 0; decay only where u * p >= 0."""
+    gen = generator(8)
+    p, g, m = torch.randn(3000, generator=gen), exact(3000, gen), exact(3000, gen)
+    p[:200] = 0.0
+    c = oracle.interpolate(array(m), array(g), 0.5, maximize)
+    u = np.sign(c)
+    if cautious:
+        u = np.where(u == np.sign(array(g)) * (-1 if maximize else 1), u, 0)
+        assert 0.1 < (u == 0).mean() < 0.9
+    expected = oracle.update(array(p), u, LR, WD)
+    if cautious_decay:
+        kept = oracle.update(array(p), u, LR, 0.0)
+        expected = np.where(u * array(p) < 0, kept, expected)
+    new_m = oracle.interpolate(array(m), array(g), 0.75, maximize)
+    run(backend, [p], [g], [m], maximize=maximize, cautious=cautious, cautious_decay=cautious_decay)
+    np.testing.assert_array_equal(array(p), expected)
+    np.testing.assert_array_equal(array(m), stored(new_m, torch.float32))
+
+
+def test_cautious_and_not_finite(backend):
+    p, g, m = torch.ones(6), torch.ones(6), torch.ones(6)
+    g[0], g[1], g[2], m[3] = torch.nan, torch.inf, -torch.inf, torch.nan
+    run(backend, [p], [g], [m], cautious=True, cautious_decay=True)
+    assert p.isnan().nonzero().flatten().tolist() == [0, 3]
+    assert p[1] == p[4] and p[2] > 1.0
+    q, counts = torch.ones(6), no_counts()
+    run(backend, [q], [g], [torch.ones(6)], nonfinite=counts, cautious=True)
+    assert counts.item() == 3 and (q[:3] == 1.0).all() and (q[3:] < 1.0).all()
+
+
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
 def test_found_inf_changes_nothing(backend, dtype):
     gen = generator(7)

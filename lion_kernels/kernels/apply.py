@@ -39,8 +39,8 @@ def _integers(word_ptr, plane_stride, n_planes, used, PLANES: tl.constexpr):
 def _apply_tile(
     row, start, left, verdict_ptr, step_size, decay, scale,
     words_per_shard, shard_stride, plane_stride, n_planes, key,
-    P: tl.constexpr, ROUNDING: tl.constexpr, PLANES: tl.constexpr, TILE: tl.constexpr,
-    MASKED: tl.constexpr,
+    P: tl.constexpr, ROUNDING: tl.constexpr, PLANES: tl.constexpr, CAUTIOUS: tl.constexpr,
+    TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     p_ptr = bits.pointer(row, bits.DATA, start, P, MASKED)
     p = load_parameter(row, p_ptr, start, left, P, ROUNDING, TILE, MASKED)
@@ -48,8 +48,11 @@ def _apply_tile(
     words = (tl.load(row + bits.FIRST_WORD) + start // 32).to(tl.int32) + in_tile
     word_ptr = verdict_ptr + bits.word_address(words, words_per_shard, shard_stride)
     v = _integers(word_ptr, plane_stride, n_planes, 32 * in_tile < left, PLANES)
-    step = step_size * (2 * v - scale).to(tl.float32)
-    next_p = tl.fma(p, decay + tl.zeros_like(p), -step)
+    delta = (2 * v - scale).to(tl.float32)
+    kept = decay + tl.zeros_like(p)
+    if CAUTIOUS:  # weight decay (arXiv:2510.12402)
+        kept = tl.where(delta * p < 0, 1.0, kept)
+    next_p = tl.fma(p, kept, -(step_size * delta))
     store_parameter(row, p_ptr, start, left, next_p, key, P, ROUNDING, TILE, MASKED)
 
 
@@ -61,7 +64,8 @@ def _apply_kernel(
     words_per_shard: tl.int32, shard_stride: tl.int64, plane_stride: tl.int64, n_planes: tl.int32,
     n_ranks: tl.int32, presence_stride: tl.int64, advance: tl.int32, found_inf_address: tl.int64,
     rounding_key: tl.int64,
-    P: tl.constexpr, ROUNDING: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, ROUNDING: tl.constexpr, PLANES: tl.constexpr, CAUTIOUS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     if not bits.is_set(found_inf_address):
         key = rounding_key.to(tl.int64).to(tl.uint64, bitcast=True)
@@ -78,12 +82,12 @@ def _apply_kernel(
                 _apply_tile(
                     row, start, left, verdict_ptr, step_size, decay, scale,
                     words_per_shard, shard_stride, plane_stride, n_planes, key,
-                    P, ROUNDING, PLANES, BLOCK, False,
+                    P, ROUNDING, PLANES, CAUTIOUS, BLOCK, False,
                 )  # fmt: skip
             else:
                 for i in range(0, left, bits.EDGE):
                     _apply_tile(
                         row, start + i, left - i, verdict_ptr, step_size, decay, scale,
                         words_per_shard, shard_stride, plane_stride, n_planes, key,
-                        P, ROUNDING, PLANES, bits.EDGE, True,
+                        P, ROUNDING, PLANES, CAUTIOUS, bits.EDGE, True,
                     )  # fmt: skip

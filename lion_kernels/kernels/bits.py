@@ -31,6 +31,7 @@ RUNTIME = (
     "inverse_scale",
     "words_per_shard", "shard_stride", "plane_stride", "n_planes", "n_ranks", "presence_stride",
     "flags_stride", "n_flag_words", "n_tiles", "rounding_key", "advance",
+    "skip", "cautious", "cautious_decay",
     "grad_scale_address", "found_inf_address",
 )  # fmt: skip
 
@@ -126,6 +127,13 @@ def complement(bits, grad_scale_address):
 def interpolate(g, m, beta, complement):
     """beta * m + complement * g: the product with m rounded, the sum fused."""
     return tl.fma(g, complement + tl.zeros_like(g), m * beta)
+
+
+@triton.jit
+def agrees(c, g, complement):
+    """Whether the sign of c is that of the gradient as it is descended (arXiv:2411.16085)."""
+    slope = tl.where(complement < 0, -g, g)
+    return ((c > 0) & (slope > 0)) | ((c < 0) & (slope < 0))
 
 
 @triton.jit

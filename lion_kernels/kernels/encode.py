@@ -13,9 +13,10 @@ from lion_kernels.kernels import bits
 @triton.jit
 def _votes_tile(
     row, start, left, nonfinite_ptr, beta1, complement1, beta2, complement2,
-    G: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    G: tl.constexpr, M: tl.constexpr, CAUTIOUS: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """c of a tile, 0 where it is not finite; moves the momentum on."""
+    """c of a tile, 0 where it has no vote; moves the momentum on."""
     g_ptr = bits.pointer(row, bits.GRAD, start, G, MASKED)
     m_ptr = bits.pointer(row, bits.EXP_AVG, start, M, MASKED)
     g = bits.load(g_ptr, left, TILE, MASKED)
@@ -25,6 +26,8 @@ def _votes_tile(
     next_m = tl.where(finite, bits.interpolate(g, m, beta2, complement2), m)
     bits.store(m_ptr, next_m, left, M, TILE, MASKED)
     bits.count_nonfinite(c, nonfinite_ptr)
+    if CAUTIOUS:
+        finite = finite & bits.agrees(c, g, complement1)
     return tl.where(finite, c, 0.0)
 
 
@@ -32,14 +35,14 @@ def _votes_tile(
 def _encode_tile(
     row, start, left, ballot_ptr, nonfinite_ptr, beta1, complement1, beta2, complement2, key,
     words_per_shard, shard_stride, plane_stride,
-    G: tl.constexpr, M: tl.constexpr, TERNARY: tl.constexpr, TILE: tl.constexpr,
-    MASKED: tl.constexpr,
+    G: tl.constexpr, M: tl.constexpr, TERNARY: tl.constexpr, CAUTIOUS: tl.constexpr,
+    TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     c = tl.zeros([TILE // 32, 32], tl.float32)
     if tl.load(row + bits.GRAD) != 0:
         c = _votes_tile(
             row, start, left, nonfinite_ptr, beta1, complement1, beta2, complement2,
-            G, M, TILE, MASKED,
+            G, M, CAUTIOUS, TILE, MASKED,
         )  # fmt: skip
     is_zero = c == 0
     if MASKED:
@@ -73,7 +76,8 @@ def _encode_kernel(
     words_per_shard: tl.int32, shard_stride: tl.int64, plane_stride: tl.int64,
     flags_stride: tl.int64, n_flag_words: tl.int32, n_tiles: tl.int32,
     grad_scale_address: tl.int64, found_inf_address: tl.int64,
-    G: tl.constexpr, M: tl.constexpr, TERNARY: tl.constexpr, BLOCK: tl.constexpr,
+    G: tl.constexpr, M: tl.constexpr, TERNARY: tl.constexpr, CAUTIOUS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     shard = tl.program_id(0) - n_tiles
     if shard >= 0:
@@ -86,12 +90,12 @@ def _encode_kernel(
         if bits.is_full(row, left, BLOCK):
             _encode_tile(
                 row, start, left, ballot_ptr, nonfinite_ptr, beta1, c1, beta2, c2, coin_key,
-                words_per_shard, shard_stride, plane_stride, G, M, TERNARY, BLOCK, False,
+                words_per_shard, shard_stride, plane_stride, G, M, TERNARY, CAUTIOUS, BLOCK, False,
             )  # fmt: skip
         else:
             for i in range(0, left, bits.EDGE):
                 _encode_tile(
                     row, start + i, left - i, ballot_ptr, nonfinite_ptr, beta1, c1, beta2, c2,
                     coin_key, words_per_shard, shard_stride, plane_stride,
-                    G, M, TERNARY, bits.EDGE, True,
+                    G, M, TERNARY, CAUTIOUS, bits.EDGE, True,
                 )  # fmt: skip

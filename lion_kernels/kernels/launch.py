@@ -163,6 +163,8 @@ def lion_step(
     lows: Sequence[Tensor] | None = None,
     seed: int = 0,
     step: Tensor | None = None,
+    cautious: bool = False,
+    cautious_decay: bool = False,
 ) -> None:
     """See reference.lion_step."""
     device = params[0].device if params else lr.device
@@ -170,7 +172,7 @@ def lion_step(
     def launches() -> Launches:
         _ops.check_lion_step(
             params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite,
-            grad_scale, found_inf, rounding, lows, seed, step,
+            grad_scale, found_inf, rounding, lows, seed, step, cautious, cautious_decay,
         )  # fmt: skip
         check_dense(params, "params", params)
         check_dense(grads, "grads", params)
@@ -195,12 +197,15 @@ def lion_step(
         found = tables(key, STEP.block, device, launches)
         for i, ((p_dtype, m_dtype), table) in enumerate(found):
             _step_kernel[(table.n_tiles,)](
-                table.rows, table.tile_rows, nonfinite, table.rows if step is None else step,
+                table.rows, table.tile_rows, table.rows if nonfinite is None else nonfinite,
+                table.rows if step is None else step,
                 *rate, _bits(weight_decay), beta1, complement1, beta2, complement2,
                 scale_address, found_inf_address, _rounding_key(seed),
-                int(i == 0 and in_kernel and step is not None),
+                int(i == 0 and in_kernel and step is not None), int(nonfinite is not None),
+                int(cautious), int(cautious_decay),
                 P=TRITON_DTYPES[p_dtype], M=TRITON_DTYPES[m_dtype],
-                ROUNDING=_rounding_of(rounding, p_dtype), SKIP=nonfinite is not None,
+                ROUNDING=_rounding_of(rounding, p_dtype),
+                PLAIN=nonfinite is None and not cautious and not cautious_decay,
                 BLOCK=STEP.block, **options(STEP),
             )  # fmt: skip
         if step is not None and not in_kernel:
@@ -221,6 +226,7 @@ def encode(
     nonfinite: Tensor,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    cautious: bool = False,
 ) -> None:
     """See reference.encode."""
     device = ballot.device
@@ -228,7 +234,7 @@ def encode(
     def launches() -> Launches:
         _ops.check_encode(
             grads, exp_avgs, ballot, flags, beta1, beta2, maximize, seed, rank, step, nonfinite,
-            grad_scale, found_inf,
+            grad_scale, found_inf, cautious,
         )  # fmt: skip
         n_words = ballot.shape[0] * ballot.shape[2]
         _check_words(ballot, "ballot", device, n_words)
@@ -261,6 +267,7 @@ def encode(
                 max(1, words_per_shard), ballot.stride(0), ballot.stride(1), flags.stride(0),
                 flags.shape[1], table.n_tiles, scale_address, found_inf_address,
                 G=TRITON_DTYPES[g_dtype], M=TRITON_DTYPES[m_dtype], TERNARY=planes == 2,
+                CAUTIOUS=cautious,
                 BLOCK=ENCODE.block, **options(ENCODE),
             )  # fmt: skip
 
@@ -277,6 +284,7 @@ def apply(
     rounding: str = "nearest",
     lows: Sequence[Tensor] | None = None,
     seed: int = 0,
+    cautious_decay: bool = False,
 ) -> None:
     """See reference.apply."""
     device = verdict.device
@@ -284,7 +292,7 @@ def apply(
     def launches() -> Launches:
         _ops.check_apply(
             params, verdict, presence, scale, lr, weight_decay, step, found_inf, rounding, lows,
-            seed,
+            seed, cautious_decay,
         )  # fmt: skip
         _check_words(verdict, "verdict", device, verdict.shape[0] * verdict.shape[2])
         _check_words(presence, "presence", device)
@@ -311,7 +319,8 @@ def apply(
                 presence.shape[0], presence.stride(0), int(i == 0 and in_kernel),
                 found_inf_address, _rounding_key(seed),
                 P=TRITON_DTYPES[dtype], ROUNDING=_rounding_of(rounding, dtype),
-                PLANES=planes if planes <= 2 else 0, BLOCK=APPLY.block, **options(APPLY),
+                PLANES=planes if planes <= 2 else 0, CAUTIOUS=cautious_decay,
+                BLOCK=APPLY.block, **options(APPLY),
             )  # fmt: skip
         if not in_kernel:
             _advance(step, found_inf)

@@ -13,7 +13,8 @@ from lion_kernels.kernels.rounding import STOCHASTIC, load_parameter, store_para
 @triton.jit
 def _step_tile(
     row, start, left, nonfinite_ptr, lr, decay, beta1, complement1, beta2, complement2, key,
-    P: tl.constexpr, M: tl.constexpr, ROUNDING: tl.constexpr, SKIP: tl.constexpr,
+    skip, cautious, cautious_decay,
+    P: tl.constexpr, M: tl.constexpr, ROUNDING: tl.constexpr, PLAIN: tl.constexpr,
     TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     p_ptr = bits.pointer(row, bits.DATA, start, P, MASKED)
@@ -23,14 +24,21 @@ def _step_tile(
     g = bits.load(g_ptr, left, TILE, MASKED)
     m = bits.load(m_ptr, left, TILE, MASKED)
     c = bits.interpolate(g, m, beta1, complement1)
+    next_m = bits.interpolate(g, m, beta2, complement2)
     # Neither above nor below 0: a zero, or a NaN that must stay visible.
     sign = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, c))
-    next_p = tl.fma(p, decay + tl.zeros_like(p), -(lr * sign))
-    next_m = bits.interpolate(g, m, beta2, complement2)
-    if SKIP:
-        finite = tl.abs(c) < float("inf")
-        next_p, next_m = tl.where(finite, next_p, p), tl.where(finite, next_m, m)
-        bits.count_nonfinite(c, nonfinite_ptr)
+    kept = decay + tl.zeros_like(p)
+    if not PLAIN:
+        is_update = bits.agrees(c, g, complement1) | (c != c) | (cautious == 0)
+        sign = tl.where(is_update, sign, 0.0)
+        # Cautious weight decay (arXiv:2510.12402).
+        kept = tl.where((sign * p < 0) & (cautious_decay != 0), 1.0, kept)
+    next_p = tl.fma(p, kept, -(lr * sign))
+    if not PLAIN:
+        is_kept = (tl.abs(c) < float("inf")) | (skip == 0)
+        next_p, next_m = tl.where(is_kept, next_p, p), tl.where(is_kept, next_m, m)
+        if skip != 0:
+            bits.count_nonfinite(c, nonfinite_ptr)
     store_parameter(row, p_ptr, start, left, next_p, key, P, ROUNDING, TILE, MASKED)
     bits.store(m_ptr, next_m, left, M, TILE, MASKED)
 
@@ -42,7 +50,8 @@ def _step_kernel(
     weight_decay: tl.int64, beta1, complement1: tl.int64, beta2, complement2: tl.int64,
     grad_scale_address: tl.int64, found_inf_address: tl.int64,
     rounding_key: tl.int64, advance: tl.int32,
-    P: tl.constexpr, M: tl.constexpr, ROUNDING: tl.constexpr, SKIP: tl.constexpr,
+    skip: tl.int32, cautious: tl.int32, cautious_decay: tl.int32,
+    P: tl.constexpr, M: tl.constexpr, ROUNDING: tl.constexpr, PLAIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     if not bits.is_set(found_inf_address):
@@ -60,11 +69,11 @@ def _step_kernel(
         if bits.is_full(row, left, BLOCK):
             _step_tile(
                 row, start, left, nonfinite_ptr, step_size, decay, beta1, c1, beta2, c2,
-                key, P, M, ROUNDING, SKIP, BLOCK, False,
+                key, skip, cautious, cautious_decay, P, M, ROUNDING, PLAIN, BLOCK, False,
             )  # fmt: skip
         else:
             for i in range(0, left, bits.EDGE):
                 _step_tile(
                     row, start + i, left - i, nonfinite_ptr, step_size, decay, beta1, c1, beta2, c2,
-                    key, P, M, ROUNDING, SKIP, bits.EDGE, True,
+                    key, skip, cautious, cautious_decay, P, M, ROUNDING, PLAIN, bits.EDGE, True,
                 )  # fmt: skip
