@@ -327,12 +327,18 @@ class Lion(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update()
+        return loss
+
+    # One op a group leaves nothing to compile; traced, every parameter would be a recompile.
+    # torch.compiler.disable would import the compiler with this file.
+    @torch._disable_dynamo
+    def _update(self) -> None:
         self._check()
         self._found_inf = self._agreed(getattr(self, "found_inf", None))
         for group in self.param_groups:
             self._step_group(group)
         self._after_step()
-        return loss
 
     def _agreed(self, found_inf: Tensor | None) -> Tensor | None:
         """Whether to skip this step: what GradScaler found in the gradients, on any rank."""

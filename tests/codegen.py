@@ -79,6 +79,8 @@ def compile_one(task):
     """The figures of one variant on one architecture."""
     (room, name, constants, reads, writes), arch = task
     kernel, config = KERNELS[room]
+    if not constants.get("PLAIN", True):
+        config = launch.STEP_WITH_OPTIONS
     signature = {
         p.name: "constexpr" if p.name in constants else p.annotation_type or TYPES[p.name]
         for p in kernel.params

@@ -586,3 +586,42 @@ def test_cautious_lion():
         p.grad = g
         opt.step()
     torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("tensor_lr", [True, False])
+def test_in_a_compiled_training_step(tensor_lr):
+    """The same path as eagerly; the step is one break between graphs, and a new lr no recompile."""
+    from torch._dynamo.testing import CompileCounter
+    from torch._dynamo.utils import counters
+
+    def run(compiler):
+        weight = torch.nn.Parameter(torch.randn(20, 20, generator=generator(0)))
+        lr = torch.tensor(0.1) if tensor_lr else 0.1
+        opt = Lion([weight], lr=lr, weight_decay=0.1)
+
+        def train(x):
+            opt.zero_grad()
+            (weight * x).square().sum().backward()
+            opt.step()
+            return weight.detach() + 1.0
+
+        step, frames = compiler(train), []
+        for i in range(5):
+            if tensor_lr:
+                lr.fill_(0.1 / (i + 1))
+            else:
+                opt.param_groups[0]["lr"] = 0.1 / (i + 1)
+            step(torch.randn(20, 20, generator=generator(1 + i)))
+            frames.append(counter.frame_count)
+        return weight.detach(), frames
+
+    counter = CompileCounter()
+    eager, _ = run(lambda train: train)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled, frames = run(lambda train: torch.compile(train, backend=counter))
+    assert bits_equal(eager, compiled)
+    assert frames[0] > 0
+    # The first step makes the gradient, the second finds one; then nothing is compiled again.
+    assert frames[2:] == [frames[1]] * 3
+    assert not [reason for reason in counters["graph_break"] if "lion.py" in reason]
