@@ -22,7 +22,8 @@ from lion_kernels.agreement import (
 )
 from lion_kernels.exchange import EXCHANGES, Buffers, choose
 from lion_kernels.layout import MAX_SCALE, WIRE_VERSION, BallotLayout
-from lion_kernels.lion import Lion, lr_tensor, weight_decay
+from lion_kernels.lion import Lion
+from lion_kernels.options import lr_tensor, weight_decay
 
 logger = logging.getLogger(__name__)
 

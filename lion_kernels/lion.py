@@ -14,44 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lion_kernels import _ops, kernels
-
-CHOICES = {"rounding": _ops.ROUNDINGS, "nonfinite": ("propagate", "skip")}
-MOMENTUM_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _ops.STORAGE_DTYPES}
-
-
-def _momentum_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
-    dtype = MOMENTUM_DTYPES.get(value) if isinstance(value, str) else value
-    if value is not None and dtype not in _ops.STORAGE_DTYPES:
-        raise ValueError(
-            f"momentum_dtype must be None or one of {', '.join(MOMENTUM_DTYPES)}, got {value!r}"
-        )
-    return dtype
-
-
-def check_options(group: dict[str, Any]) -> None:
-    """Raise ValueError where a group's lr, betas or weight_decay is out of its range."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}")
-    elif not lr >= 0.0:
-        raise ValueError(f"lr must be at least 0, got {lr}")
-    if len(group["betas"]) != 2:
-        raise ValueError(f"betas must be a pair, got {group['betas']}")
-    for name, beta in zip(("beta1", "beta2"), group["betas"], strict=True):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"{name} must be in [0, 1), got {beta}")
-    if not group["weight_decay"] >= 0.0:
-        raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']}")
-    group["momentum_dtype"] = _momentum_dtype(group["momentum_dtype"])
-    for name, choices in CHOICES.items():
-        if group[name] not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {group[name]!r}")
-    if group["independent_weight_decay"]:
-        # Not "initial_lr": that key belongs to torch's schedulers.
-        first = group.setdefault("reference_lr", lr.item() if isinstance(lr, Tensor) else lr)
-        if not first > 0.0:
-            raise ValueError(f"independent_weight_decay needs an initial lr above 0, got {first}")
+from lion_kernels.options import check_options, lr_tensor, saved_tensors, translated, weight_decay
 
 
 def is_dense(t: Tensor) -> bool:
@@ -380,24 +343,17 @@ class Lion(Optimizer):
             batch.write_back()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class or of another Lion that keeps ``exp_avg`` (lion-pytorch,
-        google's, timm's). Options that the state lacks keep their present values; momenta are
-        converted to this optimizer's momentum dtype and to their parameters' memory layout."""
+        """Load a state of this class or of another Lion: lion-pytorch's, google's, timm's, optimi's
+        and bitsandbytes', 8-bit too. Options that the state lacks keep their present values;
+        momenta take this optimizer's momentum dtype and their parameters' memory layout."""
+        groups = [translated(group) for group in state_dict["param_groups"]]
+        state_dict = {**state_dict, "param_groups": groups}
         saved = state_dict["state"]
         saved_ids = list(chain.from_iterable(g["params"] for g in state_dict["param_groups"]))
         params = list(chain.from_iterable(g["params"] for g in self.param_groups))
         loaded: dict[Tensor, dict[str, Tensor]] = {p: {} for p in params}
         for i, (number, p) in enumerate(zip(saved_ids, params, strict=False)):
-            for key in ("exp_avg", "compensation"):
-                m = saved.get(number, {}).get(key)
-                if m is None:
-                    continue
-                if m.shape != p.shape:
-                    raise ValueError(
-                        f"the {key} of parameter {i} must have shape {tuple(p.shape)}, "
-                        f"got {tuple(m.shape)}"
-                    )
-                loaded[p][key] = m
+            loaded[p] = saved_tensors(saved.get(number, {}), p, f"parameter {i}")
         present = [dict(group) for group in self.param_groups]
         for saved_group, group in zip(state_dict["param_groups"], present, strict=False):
             check_options({**group, **saved_group})
@@ -407,27 +363,13 @@ class Lion(Optimizer):
                 group.setdefault(key, value)
             check_options(group)
             for p in group["params"]:
-                # torch casts every state to its parameter's dtype; start from the saved one.
+                # torch casts every state to its parameter's dtype: start from the saved ones.
+                self.state.pop(p, None)
                 if "exp_avg" in loaded[p]:
-                    del self.state[p]["exp_avg"]
                     self._exp_avg(p, group).copy_(loaded[p]["exp_avg"])
                 low = loaded[p].get("compensation")
-                if low is not None:
-                    del self.state[p]["compensation"]
-                    if group["rounding"] == "compensated" and low.dtype == _ops.low_dtype(p.dtype):
-                        self._state(p, "compensation", low.dtype).copy_(low)
+                dtype = _ops.low_dtype(p.dtype) if group["rounding"] == "compensated" else None
+                if low is not None and low.dtype == dtype:
+                    self._state(p, "compensation", dtype).copy_(low)
             if "step" in group and group["params"]:
                 group["step"] = group["step"].to(group["params"][0].device)
-
-
-def weight_decay(group: dict[str, Any]) -> float:
-    """What the ops multiply with lr."""
-    if group["independent_weight_decay"]:
-        return group["weight_decay"] / group["reference_lr"]
-    return group["weight_decay"]
-
-
-def lr_tensor(group: dict[str, Any]) -> Tensor:
-    """The group's lr as the 0-d tensor that the ops take."""
-    lr = group["lr"]
-    return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)

@@ -387,6 +387,63 @@ def test_loads_lion_pytorch_itself():
         assert bits_equal(ours.state[p]["exp_avg"], theirs.state[q]["exp_avg"])
 
 
+def test_optimi_and_back():
+    """Their state loads here, and ours there: the same momenta."""
+    optimi = pytest.importorskip("optimi")
+    params = parameters((30,), (4, 3))
+    twins = copy.deepcopy(params)
+    theirs, ours = optimi.Lion(twins, lr=1e-2, betas=(0.8, 0.95)), Lion(params)
+    set_grads(twins, 0)
+    theirs.step()
+    ours.load_state_dict(theirs.state_dict())
+    for p, q in zip(params, twins, strict=True):
+        assert bits_equal(ours.state[p]["exp_avg"], theirs.state[q]["exp_avg"])
+        assert set(ours.state[p]) == {"exp_avg"}
+    assert ours.param_groups[0]["betas"] == (0.8, 0.95)
+    back = optimi.Lion(twins, lr=1.0)
+    back.load_state_dict(ours.state_dict())
+    for p, q in zip(params, twins, strict=True):
+        assert bits_equal(ours.state[p]["exp_avg"], back.state[q]["exp_avg"])
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 5000])
+def test_8_bit_state_of_bitsandbytes(n):
+    """By their layout: uint8 indices into qmap1, a maximum for every 256 elements."""
+    gen = generator(n)
+    codes = torch.randint(0, 256, (n,), generator=gen).to(torch.uint8)
+    qmap, absmax = torch.linspace(-1, 1, 256), torch.rand(-(-n // 256), generator=gen)
+    quantized = {"state1": codes, "qmap1": qmap, "absmax1": absmax}
+    state = {
+        "state": {0: {"step": 2, "__bnb_optimizer_quant_state__": quantized}},
+        "param_groups": [{"params": [0], "lr": 0.5, "betas": (0.9, 0.99), "eps": 0.0}],
+    }
+    (p,) = parameters((n,))
+    opt = Lion([p])
+    opt.load_state_dict(state)
+    wanted = [qmap[c].item() * absmax[i // 256].item() for i, c in enumerate(codes.tolist())]
+    torch.testing.assert_close(opt.state[p]["exp_avg"], torch.tensor(wanted))
+    assert set(opt.state[p]) == {"exp_avg"}
+    quantized["absmax1"] = torch.rand(99)
+    with pytest.raises(
+        ValueError, match="absmax1 of parameter 0 must have an element for every 256"
+    ):
+        opt.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["Lion", "Lion8bit"])
+def test_bitsandbytes_itself(name):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    (p,) = parameters((5000,))
+    twin = torch.nn.Parameter(p.detach().clone())
+    theirs, ours = getattr(bitsandbytes.optim, name)([twin], lr=1e-2), Lion([p])
+    set_grads([twin], 0)
+    theirs.step()
+    ours.load_state_dict(theirs.state_dict())
+    exact = 0.01 * twin.grad
+    error = (ours.state[p]["exp_avg"] - exact).abs().max() / exact.abs().max()
+    assert error < (1e-6 if name == "Lion" else 0.02)
+
+
 @pytest.mark.parametrize("change", ["shape", "lr"])
 def test_a_bad_state_changes_nothing(change):
     params = parameters((6,))
