@@ -14,9 +14,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ["test_encode.py", "test_tally.py", "test_apply.py", "test_step.py", "test_exchange.py"]
-USERS = ["test_lion.py", "test_exchange.py", "test_distributed.py"]
-GPU = ["test_encode.py", "test_tally.py", "test_apply.py", "test_step.py", "test_launch.py"]
+OPS = ["test_encode.py", "test_tally.py", "test_apply.py", "test_step.py", "test_rounding.py"]
+ROOMS = [*OPS, "test_exchange.py"]
+USERS = ["test_lion.py", "test_exchange.py", "test_distributed.py", "test_rounding.py"]
+GPU = [*OPS, "test_launch.py"]
 
 # (what is broken, file, what stands there, what replaces it)
 MUTANTS = [
@@ -30,6 +31,15 @@ MUTANTS = [
     ("decay without lr", "csrc/lion_cpu.cpp", "1.0 - lr * weight_decay", "1.0 - weight_decay"),
     ("decay without lr, voting", "csrc/lion_cpu.cpp",
      "1.0 - lr_value * weight_decay", "1.0 - weight_decay"),
+    ("noise left out", "csrc/rounding_rows.h",
+     "(bits_of(a) + random) & 0xFFFF0000u", "bits_of(a) & 0xFFFF0000u"),
+    ("noise forgets the tensor's place", "csrc/rounding_rows.h",
+     "(run.first_word + static_cast<uint64_t>(i))", "static_cast<uint64_t>(i)"),
+    ("what is dropped is lost", "csrc/rounding_rows.h",
+     "std::memcpy(low + j * Vec::kLanes, &out, sizeof(out));", ""),
+    ("decay against the update", "csrc/lion_rows.h",
+     "select(negative(multiply(sum[j], p)), fill(1.0f), decay)", "decay"),
+    ("cautious of half the signs", "csrc/lion_rows.h", "down &= negative(slope);", ""),
     ("zero sent as +1", "csrc/lion_rows.h",
      "(zero & coins(ballot.coin_key, ballot.first_word + i))", "zero"),
     ("a tie is -1", "csrc/tally_rows.h",
@@ -89,12 +99,20 @@ MUTANTS = [
     ("own chunk counted as sent", "lion_kernels/exchange.py",
      "own_verdict.nbytes) * (n - 1)", "own_verdict.nbytes) * n"),
     ("momentum dtype cast on load", "lion_kernels/lion.py",
-     "if p in loaded:", "if False:"),
+     "self.state.pop(p, None)", "continue"),
     ("fma rounds twice", "lion_kernels/kernels/bits.py",
      "tl.fma(g, complement + tl.zeros_like(g), m * beta)", "g * complement + m * beta"),
+    ("noise left out", "lion_kernels/kernels/rounding.py",
+     "(pattern + random) & 0xFFFF0000", "pattern & 0xFFFF0000"),
+    ("what is dropped is lost", "lion_kernels/kernels/rounding.py",
+     "tl.where(finite, (pattern - kept).to(tl.int32, bitcast=True), 0)",
+     "(pattern * 0).to(tl.int32, bitcast=True)"),
+    ("compensation not loaded", "lion_kernels/options.py",
+     'for key in ("exp_avg", "compensation")', 'for key in ("exp_avg",)'),
+    ("rounding ignored", "lion_kernels/lion.py", 'group["rounding"],', '"nearest",'),
     ("NaN hidden", "lion_kernels/kernels/step.py", "-1.0, c))", "-1.0, 0.0))"),
     ("decay after the update", "lion_kernels/kernels/step.py",
-     "tl.fma(p, decay + tl.zeros_like(p), -(lr * sign))", "(p - lr * sign) * decay"),
+     "tl.fma(p, kept, -(lr * sign))", "(p - lr * sign) * kept"),
     ("zero sent as +1", "lion_kernels/kernels/encode.py",
      "(zero & bits.coins(key, words))", "zero"),
     ("coins forget the tensor's place", "lion_kernels/kernels/encode.py",

@@ -45,17 +45,27 @@ def same(cuda, cpu):
     return all(bits_equal(a.detach().cpu(), b.detach()) for a, b in zip(cuda, cpu, strict=True))
 
 
-@pytest.mark.parametrize("momentum_dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"momentum_dtype": torch.float32},
+        {"momentum_dtype": torch.bfloat16, "nonfinite": "skip"},
+        {"rounding": "stochastic", "seed": 5},
+        {"rounding": "compensated", "cautious": True},
+        {"rounding": "stochastic", "cautious_weight_decay": True},
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_lion_takes_the_same_path_as_on_the_cpu(dtype, momentum_dtype):
+def test_lion_takes_the_same_path_as_on_the_cpu(dtype, more):
     runs = []
     for device in ("cuda", "cpu"):
         params = parameters(device, dtype)
-        opt = Lion(params, **OPTIONS, momentum_dtype=momentum_dtype)
+        opt = Lion(params, **OPTIONS, **more)
         for i in range(5):
             set_grads(params, i)
             opt.step()
-        runs.append(params + [opt.state[p]["exp_avg"] for p in params])
+        runs.append(params + [opt.state[p][key] for p in params for key in opt.state[p]])
     assert same(*runs)
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from lion_kernels.kernels import bits
-from lion_kernels.kernels.rounding import STOCHASTIC, load_parameter, store_parameter
+from lion_kernels.kernels.rounding import begin, load_parameter, store_parameter
 
 
 @triton.jit
@@ -55,11 +55,7 @@ def _step_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     if not bits.is_set(found_inf_address):
-        key = rounding_key.to(tl.int64).to(tl.uint64, bitcast=True)
-        if ROUNDING == STOCHASTIC:
-            key = bits.coin_key(rounding_key, step_ptr)
-        elif (tl.program_id(0) == 0) & (advance != 0):
-            tl.store(step_ptr, tl.load(step_ptr) + 1)
+        key = begin(rounding_key, step_ptr, advance, ROUNDING)
         row, start, left = bits.row_of(table_ptr, tile_rows_ptr, BLOCK)
         rate = bits.learning_rate(lr, lr_address, lr_bytes)
         decay = (1.0 - rate * bits.float64(weight_decay)).to(tl.float32)
