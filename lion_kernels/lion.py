@@ -225,6 +225,7 @@ class Lion(Optimizer):
         state = self.state[p]
         m = state.get(key)
         if m is None:
+            self._check_not_capturing(p.device)
             m = state[key] = torch.zeros_like(p, dtype=dtype)
         elif m.stride() != p.stride() and is_dense(p):
             # The parameter's memory format changed after the first step.
@@ -248,8 +249,14 @@ class Lion(Optimizer):
         """Elements skipped because c was not finite; waits for the device."""
         return sum(int(count.item()) for count in self._nonfinite.values())
 
+    def _check_not_capturing(self, device: torch.device) -> None:
+        """A zero that is made while a graph is captured is made again by every replay."""
+        if kernels.is_capturing(device):
+            raise RuntimeError(kernels.WARM_UP)
+
     def _counter(self, device: torch.device) -> Tensor:
         if device not in self._nonfinite:
+            self._check_not_capturing(device)
             self._nonfinite[device] = torch.zeros(1, dtype=torch.int64, device=device)
         return self._nonfinite[device]
 

@@ -11,6 +11,14 @@ import torch
 
 from lion_kernels import _ops
 
+WARM_UP = "a step must run once, with these parameters, before one is captured into a CUDA graph"
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether work on ``device`` is being recorded into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 TRITON_OPS = ("lion_step", "encode", "apply")
 CUDA_OPS = ("tally", "elect")
 

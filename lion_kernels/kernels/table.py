@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lion_kernels.kernels import WARM_UP, is_capturing
 from lion_kernels.layout import words_of
 
 # One tensor of a list: pointers of p, g, m and low (0: absent), elements, first word, place.
@@ -42,10 +43,6 @@ _captured: list[Table] = []
 _MOST = 128
 
 
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _trim(cache: OrderedDict) -> None:
     while len(cache) > _MOST:
         cache.popitem(last=False)
@@ -55,8 +52,8 @@ def _tile_rows_of(tiles: tuple[int, ...], device: torch.device) -> Tensor:
     """The row of each tile, int32, for rows of so many tiles."""
     key = (tiles, device)
     if key not in _tile_rows:
-        if _is_capturing(device):
-            raise RuntimeError(_WARM_UP)
+        if is_capturing(device):
+            raise RuntimeError(WARM_UP)
         rows = torch.arange(len(tiles), dtype=torch.int32).repeat_interleave(torch.tensor(tiles))
         if device.type == "cuda":
             rows = rows.pin_memory().to(device, non_blocking=True)
@@ -65,20 +62,15 @@ def _tile_rows_of(tiles: tuple[int, ...], device: torch.device) -> Tensor:
     return _tile_rows[key]
 
 
-_WARM_UP = (
-    "the step must run once before it is captured into a CUDA graph, with the same parameters"
-)
-
-
 def _staging(n: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     if device.type != "cuda":
         return torch.empty(n, dtype=torch.int64), None
-    if _is_capturing(device):
+    if is_capturing(device):
         for table in (table for tables in _tables.values() for _, table in tables):
             if table.spare is not None and table.spare.numel() == n:
                 spare, table.spare = table.spare, None
                 return spare, None
-        raise RuntimeError(_WARM_UP)
+        raise RuntimeError(WARM_UP)
     return (
         torch.empty(n, dtype=torch.int64, pin_memory=True),
         torch.empty(n, dtype=torch.int64, pin_memory=True),
@@ -107,7 +99,7 @@ def _build(rows: Sequence[Row], flags: Sequence[int], block: int, device: torch.
         stream=None,
         sent=None,
     )
-    if device.type == "cuda" and not _is_capturing(device):
+    if device.type == "cuda" and not is_capturing(device):
         table.stream = torch.cuda.current_stream(device)
         table.sent = table.stream.record_event()
     return table
@@ -115,7 +107,7 @@ def _build(rows: Sequence[Row], flags: Sequence[int], block: int, device: torch.
 
 def _make_ready(table: Table, device: torch.device) -> None:
     """Order the current stream behind the copy of a table that another stream sent."""
-    if _is_capturing(device):
+    if is_capturing(device):
         # torch.cuda.graph waits for the whole device before it captures: the copy has ended.
         _captured.append(table)
     elif table.stream is not None:
