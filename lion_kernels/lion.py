@@ -5,6 +5,7 @@ memory layout, momenta, loading of states. Imports no kernel; calls torch.ops.li
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -15,6 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lion_kernels import _ops, kernels
 from lion_kernels.options import check_options, lr_tensor, saved_tensors, translated, weight_decay
+from lion_kernels.release import Release
 
 
 def is_dense(t: Tensor) -> bool:
@@ -81,6 +83,10 @@ class Lion(Optimizer):
             where sign(c) != sign(g) (Liang et al. 2024, arXiv:2411.16085, without the rescale).
         cautious_weight_decay: decay only where sign(c) * p >= 0, so that decay never works
             against the update (Chen et al. 2025, arXiv:2510.12402).
+        fused_backward: step each parameter from a hook, as soon as backward has its gradient, and
+            free the gradient: their peak falls from the whole model to one parameter. step() then
+            ends the step. Accumulating gradients needs ``accumulate()``; a GradScaler is refused,
+            and clipping by global norm finds no gradients to clip, which nothing here can see.
         seed: of stochastic rounding.
 
     Raises:
@@ -108,12 +114,15 @@ class Lion(Optimizer):
         independent_weight_decay: bool = False,
         cautious: bool = False,
         cautious_weight_decay: bool = False,
+        fused_backward: bool = False,
         seed: int = 0,
     ) -> None:
         _ops.require_native()
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {seed}")
         self.seed = seed
+        self._release = Release(self._step_one) if fused_backward else None
+        self._found_inf: Tensor | None = None
         self._nonfinite: dict[torch.device, Tensor] = {}
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -132,6 +141,10 @@ class Lion(Optimizer):
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._release is not None:
+            raise TypeError(
+                "Lion with fused_backward has hooks in its parameters: it cannot be copied"
+            )
         return {**super().__getstate__(), "seed": self.seed, "_nonfinite": self._nonfinite}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -147,6 +160,12 @@ class Lion(Optimizer):
         if group["rounding"] == "stochastic":
             device = group["params"][0].device if group["params"] else None
             group.setdefault("step", torch.zeros((), dtype=torch.int64, device=device))
+        if self._release is not None:
+            self._release.attach(group["params"])
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """With fused_backward: backward passes within it add up gradients, and step nothing."""
+        return nullcontext() if self._release is None else self._release.accumulate()
 
     def _number(self, group: dict[str, Any]) -> int:
         return next(i for i, g in enumerate(self.param_groups) if g is group)
@@ -305,6 +324,13 @@ class Lion(Optimizer):
     @torch._disable_dynamo
     def _update(self) -> None:
         self._check()
+        if self._release is not None:
+            if getattr(self, "found_inf", None) is not None:
+                raise RuntimeError(
+                    "fused_backward steps during backward, before a GradScaler has looked at the "
+                    "gradients: use one or the other"
+                )
+            self._release.end_step()
         self._found_inf = self._agreed(getattr(self, "found_inf", None))
         for group in self.param_groups:
             self._step_group(group)
@@ -325,6 +351,17 @@ class Lion(Optimizer):
     def _after_step(self) -> None:
         """What a subclass does at the end of a step. It must not override step itself: torch wraps
         step once a class, and hooks would run once for each wrapped one."""
+
+    @torch.no_grad()
+    def _step_one(self, p: Tensor) -> None:
+        """What fused_backward does with a parameter that has its gradient."""
+        for group in self.param_groups:
+            for i, q in enumerate(group["params"]):
+                if q is p:
+                    check_options(group)
+                    self._check_lr(group)
+                    self._check_grad(group, i)
+                    self._step_group({**group, "params": [p]})
 
     def _step_group(self, group: dict[str, Any]) -> None:
         batch = self._batch(group)
