@@ -122,6 +122,7 @@ class Lion(Optimizer):
             raise ValueError(f"seed must be in [0, 2**63), got {seed}")
         self.seed = seed
         self._release = Release(self._step_one) if fused_backward else None
+        self._places: dict[Tensor, tuple[int, int]] = {}  # group and index, fused_backward only
         self._found_inf: Tensor | None = None
         self._nonfinite: dict[torch.device, Tensor] = {}
         defaults: dict[str, Any] = {
@@ -142,10 +143,9 @@ class Lion(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         if self._release is not None:
-            raise TypeError(
-                "Lion with fused_backward has hooks in its parameters: it cannot be copied"
-            )
-        return {**super().__getstate__(), "seed": self.seed, "_nonfinite": self._nonfinite}
+            raise TypeError("Lion with fused_backward has hooks in its parameters, and no copies")
+        ours = ("seed", "_nonfinite", "_release", "_found_inf", "_places")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in ours}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; see torch.optim.Optimizer.add_param_group."""
@@ -161,6 +161,8 @@ class Lion(Optimizer):
             device = group["params"][0].device if group["params"] else None
             group.setdefault("step", torch.zeros((), dtype=torch.int64, device=device))
         if self._release is not None:
+            number = len(self.param_groups) - 1
+            self._places |= {p: (number, i) for i, p in enumerate(group["params"])}
             self._release.attach(group["params"])
 
     def accumulate(self) -> AbstractContextManager[None]:
@@ -355,13 +357,12 @@ class Lion(Optimizer):
     @torch.no_grad()
     def _step_one(self, p: Tensor) -> None:
         """What fused_backward does with a parameter that has its gradient."""
-        for group in self.param_groups:
-            for i, q in enumerate(group["params"]):
-                if q is p:
-                    check_options(group)
-                    self._check_lr(group)
-                    self._check_grad(group, i)
-                    self._step_group({**group, "params": [p]})
+        number, index = self._places[p]
+        group = self.param_groups[number]
+        check_options(group)
+        self._check_lr(group)
+        self._check_grad(group, index)
+        self._step_group({**group, "params": [p]})
 
     def _step_group(self, group: dict[str, Any]) -> None:
         batch = self._batch(group)
