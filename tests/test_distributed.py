@@ -560,3 +560,42 @@ def test_a_step_is_three_ops_beside_the_collectives(worlds):
         for names in worlds(2).run(dispatched, exchange):
             assert [name for name in names if not name.startswith("c10d::")] == ops
             assert sum(name.startswith("c10d::") for name in names) == n_collectives
+
+
+def vote_with(rank, steps, options):
+    p = torch.nn.Parameter(torch.randn(300, generator=generator(0)))
+    opt = DistributedLion([p], **HYPER, ballots="ternary", **options)
+    for step in range(steps):
+        p.grad = exact(300, generator(10 * step + rank))
+        opt.param_groups[0]["lr"] = HYPER["lr"] / (step + 1)
+        opt.step()
+    opt.verify_replicas()
+    return p.detach()
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("cautious_decay", [False, True])
+@pytest.mark.parametrize("independent", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+def test_variants_are_their_formulas(worlds, n, independent, cautious_decay, cautious):
+    """Votes against the own gradient are zeros; decay only along delta; decay by lr / first lr."""
+    options = {
+        "cautious": cautious,
+        "cautious_weight_decay": cautious_decay,
+        "independent_weight_decay": independent,
+    }
+    p = array(torch.randn(300, generator=generator(0)))
+    m, (beta1, beta2) = np.zeros((n, 300)), HYPER["betas"]
+    for step in range(3):
+        lr = HYPER["lr"] / (step + 1)
+        g = np.stack([array(exact(300, generator(10 * step + rank))) for rank in range(n)])
+        c = beta1 * m + (1 - beta1) * g
+        votes = np.where((np.sign(c) == np.sign(g)) | (not cautious), np.sign(c), 0)
+        delta = np.sign(votes.sum(0))
+        decay = HYPER["weight_decay"] / (HYPER["lr"] if independent else 1)
+        moved = oracle.update(p, delta, lr, decay)
+        kept = oracle.update(p, delta, lr, 0.0)
+        p = np.float64(np.where((delta * p < 0) & cautious_decay, kept, moved))
+        m = beta2 * m + (1 - beta2) * g
+    for result in worlds(n).run(vote_with, 3, options):
+        np.testing.assert_array_equal(array(result), p)

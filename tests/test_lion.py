@@ -682,3 +682,40 @@ def test_in_a_compiled_training_step(tensor_lr):
     # The first step makes the gradient, the second finds one; then nothing is compiled again.
     assert frames[2:] == [frames[1]] * 3
     assert not [reason for reason in counters["graph_break"] if "lion.py" in reason]
+
+
+@pytest.mark.parametrize("options", [{}, {"rounding": "compensated"}, {"rounding": "stochastic"}])
+def test_distributed_checkpoint_of_a_plain_model(tmp_path, options):
+    """torch.distributed.checkpoint, one process: the resumed run takes the same path."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def fresh():
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)]
+        model = torch.nn.Sequential(*layers).to(torch.bfloat16)
+        return model, Lion(model.named_parameters(), **OPTIONS, **options)
+
+    def train(model, opt, seeds):
+        for seed in seeds:
+            opt.zero_grad()
+            x = torch.randn(8, 6, generator=generator(seed)).to(torch.bfloat16)
+            model(x).float().square().sum().backward()
+            opt.step()
+
+    model, opt = fresh()
+    train(model, opt, range(3))
+    model_state, opt_state = get_state_dict(model, opt)
+    dcp.save({"model": model_state, "opt": opt_state}, checkpoint_id=tmp_path, no_dist=True)
+    train(model, opt, range(3, 6))
+
+    resumed, again = fresh()
+    model_state, opt_state = get_state_dict(resumed, again)
+    state = {"model": model_state, "opt": opt_state}
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(resumed, again, model_state_dict=state["model"], optim_state_dict=state["opt"])
+    train(resumed, again, range(3, 6))
+    for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert bits_equal(p.detach(), q.detach())
+        for key, tensor in opt.state[p].items():
+            assert bits_equal(tensor, again.state[q][key])
