@@ -206,6 +206,13 @@ def elementwise_cases(plain: ctypes.CDLL, dtype: torch.dtype, n: int) -> list[Ca
     step_args = ([p], [g], [m], LR, *SCALARS, False, None)
     pair("lion_step", OPS.lion_step, step_args, "read3_write2", [p, g, m], 0)
     flags = torch.zeros(1, 4, dtype=torch.int32)
+    if dtype != torch.float32:
+        low, counted = torch.zeros(n, dtype=torch.int16), torch.zeros((), dtype=torch.int64)
+        for rounding, lows in (("stochastic", None), ("compensated", [low])):
+            more = (None, None, rounding, lows, 0, counted)
+            # Beside the plain loop's bytes, compensated reads and writes `low`: a plane is 1/8.
+            pair(f"lion_step {rounding}", OPS.lion_step, (*step_args, *more), "read3_write2",
+                 [p, g, m, low], 32 if lows else 0)  # fmt: skip
     encode_args = ([g], [m], ballot, flags, *betas, False, 0, 0, STEP, counter)
     pair("encode", OPS.encode, encode_args, "read2_write1", [g, m], 1)
     for planes, verdict in ((1, ballot), (2, two_planes)):
