@@ -250,6 +250,7 @@ class Lion(Optimizer):
             m = state[key] = torch.zeros_like(p, dtype=dtype)
         elif m.stride() != p.stride() and is_dense(p):
             # The parameter's memory format changed after the first step.
+            self._check_not_capturing(p.device)
             m = state[key] = torch.empty_like(p, dtype=m.dtype).copy_(m)
         return m
 

@@ -43,7 +43,9 @@ def check_options(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {group[name]!r}")
     if group["independent_weight_decay"]:
         # Not "initial_lr": that key belongs to torch's schedulers.
-        first = group.setdefault("reference_lr", lr.item() if isinstance(lr, Tensor) else lr)
+        if "reference_lr" not in group:  # read once: a tensor may lie on a device
+            group["reference_lr"] = lr.item() if isinstance(lr, Tensor) else lr
+        first = group["reference_lr"]
         if not first > 0.0:
             raise ValueError(f"independent_weight_decay needs an initial lr above 0, got {first}")
 
@@ -58,7 +60,7 @@ def weight_decay(group: dict[str, Any]) -> float:
 def lr_tensor(group: dict[str, Any]) -> Tensor:
     """The group's lr as the 0-d tensor that the ops take."""
     lr = group["lr"]
-    return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+    return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 
 # Elements of a block of bitsandbytes' 8-bit states, newest first.

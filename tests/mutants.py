@@ -124,7 +124,7 @@ MUTANTS = [
      "bits.interpolate(g, m, beta2, complement2)"),
     ("flags of shard 0 only", "lion_kernels/kernels/launch.py", "(shards if i == 0 else 0)", "1"),
     ("presence of rank 0 only", "lion_kernels/kernels/apply.py",
-     "mask=rank < n_ranks", "mask=rank < 1"),
+     "mask=rank < n_flags", "mask=rank < 1"),
     ("scale ignored", "lion_kernels/kernels/apply.py", "2 * v - scale", "2 * v - 1"),
     ("masked tiles from the start again", "lion_kernels/kernels/apply.py",
      "row, start + i, left - i,", "row, start, left - i,"),

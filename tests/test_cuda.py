@@ -140,6 +140,26 @@ def test_graph_of_a_whole_training_step():
     assert all(bits_equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def test_a_table_of_a_capture_is_no_one_elses():
+    """Captured on gradients that no step saw before, then stepped eagerly, without a replay."""
+    params, twins = parameters("cuda"), parameters("cpu")
+    opt, twin = Lion(params, **OPTIONS), Lion(twins, **OPTIONS)
+    for seed in range(2):
+        set_grads(twins, seed)
+        for p in params:
+            p.grad = None  # new memory, new table
+        held = [torch.empty_like(p) for p in params]
+        set_grads(params, seed)
+        del held
+        if seed == 1:
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                opt.step()
+        opt.step()
+        twin.step()
+    torch.cuda.synchronize()
+    assert same(params, twins)
+
+
 def test_capturing_before_the_first_step_is_refused():
     p = torch.nn.Parameter(torch.zeros(12345, device="cuda"))
     opt = Lion([p])

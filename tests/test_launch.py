@@ -141,6 +141,27 @@ def test_unaligned_tensors_are_correct(dtype, offset):
             assert bits_equal(room[start + n :], before[i][start + n :])
 
 
+@pytest.mark.parametrize("planes", [1, 2])
+def test_many_words_without_a_tensor(planes):
+    """17 shards for one small tensor: most of the ballot is padding, and all of it zeros."""
+    ballots = []
+    for of in (launch, reference):
+        chunks = torch.full((17, 96 * planes + 4), -1, dtype=torch.int32)
+        wide = chunks[:, : 96 * planes].unflatten(1, (planes, 96))
+        g, m = exact(5, generator(0)), exact(5, generator(1))
+        flags = chunks[:, -4:]
+        of.encode([g], [m], wide, flags, 0.5, 0.75, False, 0, 0, step_of(0), no_counts())
+        ballots.append(wide.clone())
+    assert torch.equal(*ballots)
+
+
+def test_empty_lists():
+    verdict, step = torch.zeros(1, 1, 0, dtype=torch.int32), step_of(0)
+    launch.apply([], verdict, torch.zeros(2, 0, dtype=torch.int32), 1, lr_of(0.1), 0.0, step)
+    assert step.item() == 1
+    launch.lion_step([], [], [], lr_of(0.1), 0.5, 0.75, 0.0, False)
+
+
 def test_a_group_beyond_int32_words_is_refused():
     ballot = torch.zeros(1, 1, 4, dtype=torch.int32).expand(2**30, 1, 4)
     flags = torch.zeros(1, 4, dtype=torch.int32).expand(2**30, 4)

@@ -719,3 +719,26 @@ def test_distributed_checkpoint_of_a_plain_model(tmp_path, options):
         assert bits_equal(p.detach(), q.detach())
         for key, tensor in opt.state[p].items():
             assert bits_equal(tensor, again.state[q][key])
+
+
+def test_a_default_device_is_no_concern():
+    (p,), (q,) = parameters((20,)), parameters((20,))
+    opts = [Lion([t], lr=0.1, weight_decay=0.1, independent_weight_decay=True) for t in (p, q)]
+    for opt, t in zip(opts, (p, q), strict=True):
+        t.grad = torch.ones(20)
+        if t is q:
+            with torch.device("meta"):
+                opt.step()
+        else:
+            opt.step()
+    assert bits_equal(p.detach(), q.detach())
+
+
+def test_the_first_lr_is_read_once(monkeypatch):
+    """With independent_weight_decay and a tensor lr: no value is asked for in a step's checks."""
+    from lion_kernels.options import check_options
+
+    (p,) = parameters((3,))
+    opt = Lion([p], lr=torch.tensor(0.1), independent_weight_decay=True)
+    monkeypatch.setattr(torch.Tensor, "item", None)
+    check_options(opt.param_groups[0])

@@ -16,7 +16,10 @@ WARM_UP = "a step must run once, with these parameters, before one is captured i
 
 def is_capturing(device: torch.device) -> bool:
     """Whether work on ``device`` is being recorded into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 TRITON_OPS = ("lion_step", "encode", "apply")

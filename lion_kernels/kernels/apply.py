@@ -12,12 +12,13 @@ from lion_kernels.kernels.rounding import begin, load_parameter, store_parameter
 
 @triton.jit
 def _is_present(presence_ptr, presence_stride, n_ranks, index):
-    """Whether any rank flagged tensor ``index`` of the list."""
+    """Whether any rank flagged tensor ``index`` of the list; -1 is no tensor."""
     seen = tl.zeros([32], tl.int32)
+    n_flags = n_ranks * (index >= 0).to(tl.int32)
     for first in range(0, n_ranks, 32):
         rank = first + tl.arange(0, 32)
         flags_ptr = presence_ptr + rank.to(tl.int64) * presence_stride + index // 32
-        seen |= tl.load(flags_ptr, mask=rank < n_ranks, other=0)
+        seen |= tl.load(flags_ptr, mask=rank < n_flags, other=0)
     return tl.max((seen >> (index % 32).to(tl.int32)) & 1, 0) != 0
 
 

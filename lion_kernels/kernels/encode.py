@@ -80,9 +80,10 @@ def _encode_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     shard = tl.program_id(0) - n_tiles
-    if shard >= 0:
+    is_skipped = bits.is_set(found_inf_address)
+    if (shard >= 0) & (not is_skipped):
         _write_flags(flags_ptr, flags_stride, flag_source_ptr, n_flag_words, shard)
-    elif not bits.is_set(found_inf_address):
+    if (shard < 0) & (not is_skipped):
         row, start, left = bits.row_of(table_ptr, tile_rows_ptr, BLOCK)
         c1 = bits.complement(complement1, grad_scale_address)
         c2 = bits.complement(complement2, grad_scale_address)

@@ -4,6 +4,7 @@ A table has a row a tensor (columns in bits.py) and the row of each tile. It liv
 is built, and sent from pinned memory without waiting, only when a pointer changed. Knows no op.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,10 @@ _tables: OrderedDict[Key, list[tuple[tuple[torch.dtype, ...], Table]]] = Ordered
 _tile_rows: OrderedDict[Key, Tensor] = OrderedDict()
 # Captured graphs read these for as long as they live.
 _captured: list[Table] = []
-_MOST = 128
+# A table is small, and gradient release has one a parameter.
+_MOST = 4096
+# Backward calls from a thread of each device.
+_lock = threading.RLock()
 
 
 def _trim(cache: OrderedDict) -> None:
@@ -50,10 +54,15 @@ def _trim(cache: OrderedDict) -> None:
 
 def _tile_rows_of(tiles: tuple[int, ...], device: torch.device) -> Tensor:
     """The row of each tile, int32, for rows of so many tiles."""
-    key = (tiles, device)
-    if key not in _tile_rows:
-        if is_capturing(device):
+    if is_capturing(device):
+        # Sent on any stream: the device was synchronized before the capture.
+        found = (rows for key, rows in _tile_rows.items() if key[:2] == (tiles, device))
+        if (rows := next(found, None)) is None:
             raise RuntimeError(WARM_UP)
+        return rows
+    is_cuda = device.type == "cuda"
+    key = (tiles, device, torch.cuda.current_stream(device).cuda_stream if is_cuda else 0)
+    if key not in _tile_rows:
         rows = torch.arange(len(tiles), dtype=torch.int32).repeat_interleave(torch.tensor(tiles))
         if device.type == "cuda":
             rows = rows.pin_memory().to(device, non_blocking=True)
@@ -81,19 +90,22 @@ def _build(rows: Sequence[Row], flags: Sequence[int], block: int, device: torch.
     values: list[int] = []
     tiles, first_tile = [], 0
     for p, g, m, low, numel, first_word, index in rows:
-        aligned = all(pointer % 16 == 0 for pointer in (p, g, m, low))
+        # Words without a tensor take the masked path, which knows that they hold no votes.
+        aligned = index >= 0 and all(pointer % 16 == 0 for pointer in (p, g, m, low))
         values += (p, g, m, numel, first_word, first_tile, aligned, index, low)
         # An empty row gets a tile, so that a list of empty tensors is a launch like any other.
         tiles.append(max(1, -(-numel // block)))
         first_tile += tiles[-1]
+    values += [0] * (len(values) % 2)  # the flags start at 16 bytes
     values += flags
+    tile_rows = _tile_rows_of(tuple(tiles), device)
     staging, spare = _staging(len(values), device)
     staging.copy_(torch.tensor(values, dtype=torch.int64))
     on_device = staging.to(device, non_blocking=True)
     table = Table(
         rows=on_device,
         flags=on_device[len(values) - len(flags) :],
-        tile_rows=_tile_rows_of(tuple(tiles), device),
+        tile_rows=tile_rows,
         staging=staging,
         spare=spare,
         stream=None,
@@ -165,13 +177,26 @@ def tables(
     """(dtypes, table) of each launch of a list; from the cache where ``key`` was seen before,
     else ``launches()`` checks the list and says its rows."""
     key = (*key, block, device)
+    with _lock:
+        return _tables_of(key, block, device, launches, flags)
+
+
+def _tables_of(
+    key: Key,
+    block: int,
+    device: torch.device,
+    launches: Callable[[], Launches],
+    flags: Callable[[], Sequence[int]],
+) -> list[tuple[tuple[torch.dtype, ...], Table]]:
     found = _tables.get(key)
     if found is None:
         found = [
             (dtypes, _build(rows, flags(), block, device)) for dtypes, rows in launches().items()
         ]
-        _tables[key] = found
-        _trim(_tables)
+        # What a capture builds is sent by its graph's replays alone: no other call may use it.
+        if not is_capturing(device):
+            _tables[key] = found
+            _trim(_tables)
     else:
         _tables.move_to_end(key)
     for _, table in found:
@@ -207,5 +232,5 @@ def rows_by_dtypes(
         undecided.append((0, 0, 0, 0, 32 * (n_words - word), word, -1))
     if undecided or not launches:
         first = next(iter(launches), (torch.float32,) * len(decided_by))
-        launches.setdefault(first, []).extend(undecided or [(0, 0, 0, 0, 0, 0, 0)])
+        launches.setdefault(first, []).extend(undecided or [(0, 0, 0, 0, 0, 0, -1)])
     return launches
