@@ -14,10 +14,11 @@ using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 // Pointer, dtype, device, sizes and strides of every tensor of every list: int64 on the CPU.
 at::Tensor identity(const OptionalTensors& params, const OptionalTensors& grads,
-                    const OptionalTensors& exp_avgs, const OptionalTensors& lows) {
+                    const OptionalTensors& exp_avgs, const OptionalTensors& lows,
+                    const OptionalTensors& scales) {
   std::vector<int64_t> numbers;
   numbers.reserve(8 * (params.size() + grads.size() + exp_avgs.size()));
-  for (const OptionalTensors* list : {&params, &grads, &exp_avgs, &lows}) {
+  for (const OptionalTensors* list : {&params, &grads, &exp_avgs, &lows, &scales}) {
     numbers.push_back(static_cast<int64_t>(list->size()));
     for (const std::optional<at::Tensor>& tensor : *list) {
       if (!tensor.has_value()) {
@@ -41,8 +42,8 @@ at::Tensor identity(const OptionalTensors& params, const OptionalTensors& grads,
 
 TORCH_LIBRARY_FRAGMENT(lion_kernels, m) {
   m.def(
-      "_identity(Tensor?[] params, Tensor?[] grads, Tensor?[] exp_avgs, Tensor?[] lows) -> "
-      "Tensor");
+      "_identity(Tensor?[] params, Tensor?[] grads, Tensor?[] exp_avgs, Tensor?[] lows, "
+      "Tensor?[] scales) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(lion_kernels, CompositeExplicitAutograd, m) { m.impl("_identity", identity); }
 

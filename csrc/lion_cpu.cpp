@@ -15,6 +15,10 @@
 namespace lion {
 namespace {
 
+constexpr int64_t kWordsPerBlock = kBlock / kBitsPerWord;
+// Elements of an int8 momentum that are float32 at a time: 4 KiB.
+constexpr int64_t kChunk = 8 * kBlock;
+
 // The optional scalar of a torch.amp.GradScaler, or what its absence means.
 double amp_scalar(const std::optional<at::Tensor>& tensor, const char* name, double absent) {
   if (!tensor.has_value()) return absent;
@@ -48,13 +52,27 @@ struct WordSpace {
   std::vector<int64_t> first{0};
   void append(int64_t numel) { first.push_back(first.back() + words_of(numel)); }
   int64_t n_words() const { return first.back(); }
+  size_t tensor_of(int64_t word) const {
+    return std::upper_bound(first.begin(), first.end(), word) - first.begin() - 1;
+  }
 
-  // Calls visit(t, begin, end) for each tensor that has words in [begin, end), in parallel runs.
+  // The first word at or behind `word` that starts a block of its tensor, or another tensor.
+  int64_t block_at(int64_t word) const {
+    if (word >= n_words()) return word;
+    const size_t t = tensor_of(word);
+    const int64_t blocks = (word - first[t] + kWordsPerBlock - 1) / kWordsPerBlock;
+    return std::min(first[t] + blocks * kWordsPerBlock, first[t + 1]);
+  }
+
+  // Calls visit(t, begin, end) for each tensor that has words in [begin, end), in parallel runs
+  // that no block lies across.
   template <class Visit>
   void for_each_run(Visit visit) const {
-    at::parallel_for(0, n_words(), kGrainWords, [&](int64_t begin, int64_t end) {
-      size_t t = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
-      for (; begin < end; ++t) {
+    at::parallel_for(0, n_words(), kGrainWords, [&](int64_t from, int64_t to) {
+      int64_t begin = block_at(from);
+      const int64_t end = block_at(to);
+      if (begin >= end) return;
+      for (size_t t = tensor_of(begin); begin < end; ++t) {
         const int64_t stop = std::min(end, first[t + 1]);
         if (stop > begin) visit(t, begin, stop);
         begin = std::max(begin, stop);
@@ -107,8 +125,26 @@ struct Item {
   void* exp_avg;
   int64_t numel, data_size, exp_avg_size;  // sizes: bytes an element
   DType dtype, exp_avg_dtype;
-  void* low;  // of as many bytes an element as the parameter; itself where nothing is kept
+  void* low;      // of as many bytes an element as the parameter; itself where nothing is kept
+  float* scales;  // of an int8 momentum
 };
+
+// Calls visit(segment, momentum, its dtype) for the elements of a run. An int8 momentum becomes
+// float32 for the length of a chunk, which stays in the nearest cache.
+template <class Visit>
+void for_each_chunk(const RowKernels& kernels, const Item& item, const Segment& run, Visit visit) {
+  if (item.exp_avg_dtype != kInt8)
+    return visit(run, advance(item.exp_avg, run.offset * item.exp_avg_size), item.exp_avg_dtype);
+  alignas(64) float m[kChunk];
+  for (int64_t done = 0; done < run.count; done += kChunk) {
+    const Segment chunk{run.offset + done, std::min(kChunk, run.count - done)};
+    int8_t* q = static_cast<int8_t*>(item.exp_avg) + chunk.offset;
+    float* scales = item.scales + chunk.offset / kBlock;
+    kernels.dequantize(q, scales, chunk.count, m);
+    visit(chunk, static_cast<void*>(m), kFloat32);
+    kernels.quantize(m, chunk.count, q, scales);
+  }
+}
 
 using OptionalTensors = std::optional<c10::List<at::Tensor>>;
 
@@ -152,6 +188,27 @@ void check_exp_avg(const at::Tensor& exp_avg, int64_t i, const at::Tensor& like)
   check_dense(exp_avg, "exp_avgs", i, &like);
 }
 
+DType momentum_dtype_of(const at::Tensor& exp_avg, int64_t i) {
+  return exp_avg.scalar_type() == at::kChar ? kInt8 : dtype_of(exp_avg, "exp_avgs", i);
+}
+
+// The scales of an int8 momentum, one a block.
+float* scales_of(const at::Tensor& exp_avg, int64_t i, size_t n_exp_avgs,
+                 const OptionalTensors& scales) {
+  if (exp_avg.scalar_type() != at::kChar) return nullptr;
+  const size_t n_scales = scales.has_value() ? scales->size() : 0;
+  TORCH_CHECK_VALUE(n_scales == n_exp_avgs, "scales must have ", n_exp_avgs, " tensors, got ",
+                    n_scales);
+  const at::Tensor scale = scales->get(static_cast<size_t>(i));
+  const int64_t blocks = (exp_avg.numel() + kBlock - 1) / kBlock;
+  TORCH_CHECK_VALUE(scale.scalar_type() == at::kFloat && scale.device() == exp_avg.device() &&
+                        scale.dim() == 1 && scale.numel() == blocks && scale.is_contiguous(),
+                    "scales[", i, "] must be contiguous float32 of shape [", blocks, "] on ",
+                    exp_avg.device(), ", got ", scale.scalar_type(), " of shape ", scale.sizes(),
+                    " with strides ", scale.strides(), " on ", scale.device());
+  return scale.data_ptr<float>();
+}
+
 void check_flags(const at::Tensor& flags, const char* name, size_t n_tensors) {
   TORCH_CHECK_VALUE(words_of(static_cast<int64_t>(n_tensors)) <= flags.size(1), name, " has ",
                     flags.size(1) * kBitsPerWord, " flags, got ", n_tensors, " tensors");
@@ -169,7 +226,7 @@ void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_a
                const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf, c10::string_view rounding_name,
                const OptionalTensors& lows, int64_t seed, const std::optional<at::Tensor>& step,
-               bool cautious, bool cautious_decay) {
+               bool cautious, bool cautious_decay, const OptionalTensors& scales) {
   const Rounding rounding = rounding_of(rounding_name);
   check_rounding(rounding, lows, params.size(), step);
   TORCH_CHECK_VALUE(params.size() == grads.size() && params.size() == exp_avgs.size(),
@@ -189,8 +246,8 @@ void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_a
     check_exp_avg(m, index, p);
     items.push_back({p.data_ptr(), g.const_data_ptr(), m.data_ptr(), p.numel(),
                      static_cast<int64_t>(p.element_size()), static_cast<int64_t>(m.element_size()),
-                     dtype_of(p, "params", index), dtype_of(m, "exp_avgs", index),
-                     low_of(rounding, lows, index, p)});
+                     dtype_of(p, "params", index), momentum_dtype_of(m, index),
+                     low_of(rounding, lows, index, p), scales_of(m, index, exp_avgs.size(), scales)});
     space.append(p.numel());
   }
   const uint64_t key = rounding_key(rounding, seed, step);
@@ -200,18 +257,20 @@ void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_a
   scalars.cautious = cautious;
   scalars.cautious_decay = cautious_decay;
   if (is_set(found_inf)) return;
-  const auto& kernels = rows().step[!scalars.is_plain()][rounding];
+  const RowKernels& kernels = rows();
+  const auto& steps = kernels.step[!scalars.is_plain()][rounding];
   std::atomic<int64_t> skipped{0};
   space.for_each_run([&](size_t t, int64_t begin, int64_t end) {
     const Item& item = items[t];
-    const Segment s = segment_of(space, t, begin, end, item.numel);
-    const int64_t n = kernels[item.dtype][item.exp_avg_dtype](
-        advance(item.data, s.offset * item.data_size),
-        advance(item.grad, s.offset * item.data_size),
-        advance(item.exp_avg, s.offset * item.exp_avg_size),
-        advance(item.low, s.offset * item.data_size), s.count, scalars,
-        RoundingRun{key, static_cast<uint64_t>(begin)});
-    if (n != 0) skipped += n;
+    const Segment run = segment_of(space, t, begin, end, item.numel);
+    for_each_chunk(kernels, item, run, [&](const Segment& s, void* m, DType m_dtype) {
+      const int64_t n = steps[item.dtype][m_dtype](
+          advance(item.data, s.offset * item.data_size),
+          advance(item.grad, s.offset * item.data_size), m,
+          advance(item.low, s.offset * item.data_size), s.count, scalars,
+          RoundingRun{key, static_cast<uint64_t>(space.first[t] + s.offset / kBitsPerWord)});
+      if (n != 0) skipped += n;
+    });
   });
   if (step.has_value()) step->add_(1);
   if (nonfinite.has_value() && skipped != 0) nonfinite->add_(skipped.load());
@@ -221,7 +280,8 @@ void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList ex
             const at::Tensor& ballot, const at::Tensor& flags, double beta1, double beta2,
             bool maximize, int64_t seed, int64_t rank, const at::Tensor& step,
             const at::Tensor& nonfinite, const std::optional<at::Tensor>& grad_scale,
-            const std::optional<at::Tensor>& found_inf, bool cautious) {
+            const std::optional<at::Tensor>& found_inf, bool cautious,
+            const OptionalTensors& scales) {
   TORCH_CHECK_VALUE(grads.size() == exp_avgs.size(),
                     "grads and exp_avgs must have equal lengths, got ", grads.size(), " and ",
                     exp_avgs.size());
@@ -242,8 +302,9 @@ void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList ex
               0,
               static_cast<int64_t>(m.element_size()),
               kFloat32,
-              dtype_of(m, "exp_avgs", index),
-              nullptr};
+              momentum_dtype_of(m, index),
+              nullptr,
+              scales_of(m, index, exp_avgs.size(), scales)};
     check_dense(m, "exp_avgs", index);
     const std::optional<at::Tensor> g = grads.get(i);
     if (g.has_value()) {
@@ -273,23 +334,35 @@ void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList ex
   const int64_t shard_stride = ballot.stride(0), plane_stride = ballot.stride(1);
   const RowKernels& kernels = rows();
   std::atomic<int64_t> skipped{0};
+  const auto& encodes = kernels.encode[cautious];
+  // Calls visit(segment, where its ballot goes) for the pieces of [first, last) in each shard.
+  const auto for_each_piece = [&](size_t t, int64_t first, int64_t last, auto visit) {
+    split_by_shard(words_per_shard, first, last,
+                   [&](int64_t shard, int64_t word, int64_t begin, int64_t end) {
+                     uint32_t* plane0 = words + shard * shard_stride + word;
+                     visit(segment_of(space, t, begin, end, items[t].numel),
+                           BallotRun{plane0, ternary ? plane0 + plane_stride : nullptr, key,
+                                     static_cast<uint64_t>(begin)});
+                   });
+  };
   space.for_each_run([&](size_t t, int64_t first, int64_t last) {
     const Item& item = items[t];
-    split_by_shard(
-        words_per_shard, first, last, [&](int64_t shard, int64_t word, int64_t begin, int64_t end) {
-          uint32_t* plane0 = words + shard * shard_stride + word;
-          const BallotRun run{plane0, ternary ? plane0 + plane_stride : nullptr, key,
-                              static_cast<uint64_t>(begin)};
-          const Segment s = segment_of(space, t, begin, end, item.numel);
-          if (item.grad == nullptr) {
-            abstain(s.count, run);
-            return;
-          }
-          const int64_t n = kernels.encode[cautious][item.dtype][item.exp_avg_dtype](
-              advance(item.grad, s.offset * item.data_size),
-              advance(item.exp_avg, s.offset * item.exp_avg_size), s.count, scalars, run);
-          if (n != 0) skipped += n;
-        });
+    if (item.grad == nullptr)
+      return for_each_piece(t, first, last, [](const Segment& s, const BallotRun& run) {
+        abstain(s.count, run);
+      });
+    const Segment whole = segment_of(space, t, first, last, item.numel);
+    for_each_chunk(kernels, item, whole, [&](const Segment& chunk, void* m, DType m_dtype) {
+      const int64_t begin = space.first[t] + chunk.offset / kBitsPerWord;
+      const int64_t m_size = m_dtype == kFloat32 ? sizeof(float) : item.exp_avg_size;
+      for_each_piece(t, begin, begin + words_of(chunk.count),
+                     [&](const Segment& s, const BallotRun& run) {
+                       const int64_t n = encodes[item.dtype][m_dtype](
+                           advance(item.grad, s.offset * item.data_size),
+                           advance(m, (s.offset - chunk.offset) * m_size), s.count, scalars, run);
+                       if (n != 0) skipped += n;
+                     });
+    });
   });
   // Words behind the last tensor: the buffer may hold anything.
   split_by_shard(words_per_shard, space.n_words(), ballot.size(0) * words_per_shard,
@@ -330,7 +403,7 @@ void apply(at::TensorList params, const at::Tensor& verdict, const at::Tensor& p
     const bool present = (static_cast<uint32_t>(any) >> (index % kBitsPerWord)) & 1u;
     items.push_back({present ? p.data_ptr() : nullptr, nullptr, nullptr, p.numel(),
                      static_cast<int64_t>(p.element_size()), 0, dtype_of(p, "params", index),
-                     kFloat32, low_of(rounding, lows, index, p)});
+                     kFloat32, low_of(rounding, lows, index, p), nullptr});
     space.append(p.numel());
   }
   check_room(space.n_words(), verdict, "verdict");

@@ -13,6 +13,7 @@ template <class T>
 inline void copy_back(const T*, const T*, size_t) {}
 
 #include "lion_rows.h"
+#include "momentum_rows.h"
 #include "tally_rows.h"
 
 // The momentum's types; the parameter's; every rounding. float32 parameters drop nothing.
@@ -40,6 +41,8 @@ const RowKernels kRows = {
       LION_APPLIES(false, kCompensated)},
      {LION_APPLIES(true, kNearest), LION_APPLIES(true, kStochastic),
       LION_APPLIES(true, kCompensated)}},
+    dequantize_row,
+    quantize_row,
     count_row<Tally>,
     count_row<Elect>,
 };

@@ -8,12 +8,15 @@
 
 namespace lion {
 
-enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-constexpr int kNumDTypes = 3;
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
+constexpr int kNumDTypes = 3;  // those of the row kernels: int8 momenta become float32 first
 
 // How float32 parameters become their storage type; float32 storage always keeps them.
 enum Rounding : int { kNearest = 0, kStochastic = 1, kCompensated = 2 };
 constexpr int kNumRoundings = 3;
+
+// Elements of an int8 momentum that share a scale.
+constexpr int64_t kBlock = 128;
 
 // The random bits of stochastic rounding.
 struct RoundingRun {
@@ -71,6 +74,9 @@ using EncodeFn = int64_t (*)(const void* g, void* m, int64_t n, const LionScalar
 using StepFn = int64_t (*)(void* p, const void* g, void* m, void* low, int64_t n,
                            const LionScalars&, const RoundingRun&);
 using ApplyFn = void (*)(void* p, void* low, int64_t n, const VerdictRun&, const RoundingRun&);
+// int8 momenta, a run that starts a block, one scale a block.
+using DequantizeFn = void (*)(const int8_t* q, const float* scales, int64_t n, float* m);
+using QuantizeFn = void (*)(const float* m, int64_t n, int8_t* q, float* scales);
 using TallyFn = void (*)(const TallyRows&, int64_t begin, int64_t end);
 
 struct RowKernels {
@@ -78,6 +84,8 @@ struct RowKernels {
   EncodeFn encode[2][kNumDTypes][kNumDTypes];             // [cautious][gradient][momentum]
   StepFn step[2][kNumRoundings][kNumDTypes][kNumDTypes];  // [not plain]..[parameter][momentum]
   ApplyFn apply[2][kNumRoundings][kNumDTypes];            // [cautious decay]..
+  DequantizeFn dequantize;
+  QuantizeFn quantize;
   TallyFn tally;
   TallyFn elect;
 };

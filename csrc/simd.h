@@ -38,6 +38,10 @@ inline Vec load(const BF16* x) {
 inline Vec load(const F16* x) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)))};
 }
+inline Vec load(const int8_t* x) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
 inline void store(float* x, Vec a) { _mm512_storeu_ps(x, a.v); }
 // bf16 in the upper halves of the lanes, rounded to nearest even; NaN is not told apart.
 inline __m512i round_to_bf16(__m512 a) {
@@ -69,6 +73,13 @@ inline void store(F16* x, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(x),
                       _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+// Values in [-128, 127], rounded to nearest even.
+inline void store(int8_t* x, Vec a) {
+  const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), bytes);
+}
+inline Vec square_root(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+inline Vec maximum(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec multiply(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 // a * b - c
@@ -104,6 +115,10 @@ inline Vec load(const BF16* x) {
 inline Vec load(const F16* x) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))};
 }
+inline Vec load(const int8_t* x) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+}
 inline void store(float* x, Vec a) { _mm256_storeu_ps(x, a.v); }
 inline void store(BF16* x, Vec a) {
   const __m256i bits = _mm256_castps_si256(a.v);
@@ -120,6 +135,14 @@ inline void store(F16* x, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(x),
                    _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+inline void store(int8_t* x, Vec a) {
+  const __m256i whole = _mm256_cvtps_epi32(a.v);
+  const __m128i halves =
+      _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(x), _mm_packs_epi16(halves, halves));
+}
+inline Vec square_root(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+inline Vec maximum(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec multiply(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec fms(Vec a, Vec b, Vec c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
@@ -157,6 +180,7 @@ typedef uint32_t Words __attribute__((vector_size(16)));
 typedef int32_t Mask __attribute__((vector_size(16)));  // a comparison's: 0 or -1 a lane
 typedef uint64_t LongWords __attribute__((vector_size(32)));
 typedef uint16_t HalfWords __attribute__((vector_size(8)));
+typedef int8_t Bytes __attribute__((vector_size(4)));
 
 struct Vec {
   static constexpr int kLanes = 4;
@@ -179,6 +203,11 @@ inline Vec load(const F16* x) {
   for (int k = 0; k < Vec::kLanes; ++k) out.v[k] = c10::detail::fp16_ieee_to_fp32_value(x[k].bits);
   return out;
 }
+inline Vec load(const int8_t* x) {
+  Bytes bytes;
+  std::memcpy(&bytes, x, sizeof(bytes));
+  return {__builtin_convertvector(bytes, Floats)};
+}
 inline void store(float* x, Vec a) { std::memcpy(x, &a.v, sizeof(a.v)); }
 inline void store(BF16* x, Vec a) {
   const Words bits = bit_cast<Words>(a.v);
@@ -189,6 +218,22 @@ inline void store(BF16* x, Vec a) {
 }
 inline void store(F16* x, Vec a) {
   for (int k = 0; k < Vec::kLanes; ++k) x[k].bits = c10::detail::fp16_ieee_from_fp32_value(a.v[k]);
+}
+inline void store(int8_t* x, Vec a) {
+  // Added to 1.5 * 2^23, a float32 keeps no fraction.
+  const Floats whole = (a.v + 12582912.0f) - 12582912.0f;
+  const Bytes bytes = __builtin_convertvector(__builtin_convertvector(whole, Mask), Bytes);
+  std::memcpy(x, &bytes, sizeof(bytes));
+}
+inline Vec square_root(Vec a) {
+  Vec out;
+  for (int k = 0; k < Vec::kLanes; ++k) out.v[k] = __builtin_sqrtf(a.v[k]);
+  return out;
+}
+inline Vec maximum(Vec a, Vec b) {
+  Vec out;
+  for (int k = 0; k < Vec::kLanes; ++k) out.v[k] = a.v[k] > b.v[k] ? a.v[k] : b.v[k];
+  return out;
 }
 inline Vec multiply(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec fma(Vec a, Vec b, Vec c) {

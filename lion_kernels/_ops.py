@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels.layout import BITS_PER_WORD, MAX_SCALE, words_of
+from lion_kernels.layout import BITS_PER_WORD, MAX_SCALE, blocks_of, words_of
 
 _C: Any = None
 _load_error: ImportError | None = None
@@ -27,6 +27,8 @@ except ImportError as error:
 # lows[i] keeps what parameter i drops: int16 for bfloat16, float16 for float16, not read otherwise.
 # What writes parameters ends the step: it adds 1 to `step`. `cautious`: a sign that is not the
 # gradient's is 0. `cautious_decay`: weights decay only where that is the update's direction.
+# Where exp_avgs[i] is int8, scales[i] holds a float32 for every 128 elements of its storage:
+# reference.quantize.
 SCHEMAS = {
     # One device: encode and apply in one pass. `nonfinite`: int64 (1,), counts skipped elements;
     # without it nothing is skipped and a NaN shows in the parameter.
@@ -34,13 +36,13 @@ SCHEMAS = {
     "float beta1, float beta2, float weight_decay, bool maximize, Tensor(c!)? nonfinite=None, "
     "Tensor? grad_scale=None, Tensor? found_inf=None, str rounding='nearest', "
     "Tensor(d!)[]? lows=None, int seed=0, Tensor(e!)? step=None, bool cautious=False, "
-    "bool cautious_decay=False) -> ()",
+    "bool cautious_decay=False, Tensor(f!)[]? scales=None) -> ()",
     # ballot: (shards, 1 or 2 planes, words); flags: (shards, flag words), one bit a tensor. A None
     # gradient abstains.
     "encode": "(Tensor?[] grads, Tensor(a!)[] exp_avgs, Tensor(b!) ballot, Tensor(c!) flags, "
     "float beta1, float beta2, bool maximize, int seed, int rank, Tensor step, "
     "Tensor(d!) nonfinite, Tensor? grad_scale=None, Tensor? found_inf=None, "
-    "bool cautious=False) -> ()",
+    "bool cautious=False, Tensor(e!)[]? scales=None) -> ()",
     # ballots: (n, planes, words), integers whose sum is at most `scale`; tally: (planes, words).
     "tally": "(Tensor ballots, Tensor(a!) tally, int scale) -> ()",
     # verdict: (1 or 2 planes, words). `first_word`: position of word 0 in the group, for the coins.
@@ -54,6 +56,7 @@ SCHEMAS = {
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 STORAGE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+MOMENTUM_DTYPES: tuple[torch.dtype, ...] = (*STORAGE_DTYPES, torch.int8)
 
 
 def require_native() -> None:
@@ -86,6 +89,25 @@ def _check_storage(tensors: Sequence[Tensor | None], name: str) -> None:
     for i, t in enumerate(tensors):
         if t is not None and t.dtype not in STORAGE_DTYPES:
             raise ValueError(f"{name}[{i}] must be float32, bfloat16 or float16, got {t.dtype}")
+
+
+def _check_momenta(exp_avgs: Sequence[Tensor], scales: Sequence[Tensor] | None) -> None:
+    for i, m in enumerate(exp_avgs):
+        if m.dtype not in MOMENTUM_DTYPES:
+            raise ValueError(
+                f"exp_avgs[{i}] must be float32, bfloat16, float16 or int8, got {m.dtype}"
+            )
+        if m.dtype != torch.int8:
+            continue
+        n = len(scales or ())
+        _rule(n == len(exp_avgs), f"scales must have {len(exp_avgs)} tensors, got {n}")
+        scale, blocks = (scales or ())[i], blocks_of(m.numel())
+        _rule(
+            scale.dtype == torch.float32 and scale.shape == (blocks,) and scale.is_contiguous(),
+            f"scales[{i}] must be contiguous float32 of shape [{blocks}], got {scale.dtype} of "
+            f"shape {list(scale.shape)} with strides {list(scale.stride())}",
+        )
+        _rule(scale.device == m.device, f"scales[{i}] must be on {m.device}, got {scale.device}")
 
 
 def _check_pairs(
@@ -184,11 +206,13 @@ def check_lion_step(
     step: Tensor | None = None,
     cautious: bool = False,
     cautious_decay: bool = False,
+    scales: Sequence[Tensor] | None = None,
 ) -> None:
     _check_pairs(grads, params, "grads", "params")
     _check_pairs(exp_avgs, params, "exp_avgs", "params")
-    for tensors, name in ((params, "params"), (grads, "grads"), (exp_avgs, "exp_avgs")):
-        _check_storage(tensors, name)
+    _check_storage(params, "params")
+    _check_storage(grads, "grads")
+    _check_momenta(exp_avgs, scales)
     for i, (g, p) in enumerate(zip(grads, params, strict=True)):
         _rule(g.dtype == p.dtype, f"grads[{i}] must be {p.dtype}, got {g.dtype}")
     check_one(lr, "lr")
@@ -211,10 +235,11 @@ def check_encode(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     cautious: bool = False,
+    scales: Sequence[Tensor] | None = None,
 ) -> None:
     _check_pairs(grads, exp_avgs, "grads", "exp_avgs")
     _check_storage(grads, "grads")
-    _check_storage(exp_avgs, "exp_avgs")
+    _check_momenta(exp_avgs, scales)
     _check_planes(ballot, "ballot", 3)
     _rule(
         ballot.shape[1] in (1, 2),

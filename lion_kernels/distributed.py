@@ -278,6 +278,7 @@ class DistributedLion(Lion):
             grad_scale,
             found_inf,
             group["cautious"],
+            batch.scales,
         )
 
         def count(ballots: Tensor, verdict: Tensor, first_word: int) -> None:

@@ -1,7 +1,7 @@
 """Lion on one device: parameter groups, state and checks around one fused pass over memory.
 
-Owns what both optimizers share: options and their rules, gradients brought into the parameters'
-memory layout, momenta, loading of states. Imports no kernel; calls torch.ops.lion_kernels.
+Owns what both optimizers share: checks of parameters and gradients, gradients brought into the
+parameters' memory layout, the step. Imports no kernel; calls torch.ops.lion_kernels.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lion_kernels import _ops, kernels
-from lion_kernels.options import check_options, lr_tensor, saved_tensors, translated, weight_decay
+from lion_kernels import _ops, interchange, kernels, states
+from lion_kernels.options import check_options, lr_tensor, weight_decay
 from lion_kernels.release import Release
-
-
-def is_dense(t: Tensor) -> bool:
-    """Whether ``t`` occupies one run of storage without gaps or overlaps, in any order."""
-    return t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t)
+from lion_kernels.states import local
 
 
 @dataclass
@@ -32,6 +28,7 @@ class Batch:
     grads: list[Tensor | None] = field(default_factory=list)
     exp_avgs: list[Tensor] = field(default_factory=list)
     lows: list[Tensor] | None = None  # compensated rounding only
+    scales: list[Tensor] | None = None  # int8 momenta only
     # (parameter with gaps, its dense stand-in): copied back after the step.
     stand_ins: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -62,13 +59,17 @@ class Lion(Optimizer):
     Args:
         params: parameters, (name, parameter) pairs or group dicts; float32, bfloat16, float16 or
             complex64, any shape and strides without overlaps; one device a group, a CPU or CUDA.
+            DTensors, as fully_shard makes them, step their local shards, and their states are
+            DTensors too.
         lr: learning rate, a float or a tensor of one element, on the CPU or on the parameters'
             device; read in every step. Good values are 3 to 10 times below AdamW's.
         betas: (beta1, beta2), each in [0, 1).
         weight_decay: decoupled, multiplied by lr; good values are 3 to 10 times above AdamW's.
         maximize: go up instead of down.
         momentum_dtype: storage of the momentum, a torch dtype or its name; None means the
-            parameter's own.
+            parameter's own. "int8": 127 * sqrt(|m| / scale) with the sign of m, and as state
+            "exp_avg_scale" the float32 scale of every 128 elements, their largest magnitude: 1.03
+            bytes a parameter. A momentum that is not finite reads as NaN.
         rounding: of bfloat16 and float16 parameters: "nearest"; "stochastic", up or down at random
             with the exact mean, no state, bits hashed from (seed, step, element); "compensated",
             what a parameter drops is kept in its state "compensation", two bytes: for bfloat16 the
@@ -241,44 +242,23 @@ class Lion(Optimizer):
                 f"group {self._number(group)} has {lr.dtype} on {lr.device}"
             )
 
-    def _state(self, p: Tensor, key: str, dtype: torch.dtype | None) -> Tensor:
-        """A state tensor in the parameter's memory layout, zero at first."""
-        state = self.state[p]
-        m = state.get(key)
-        if m is None:
-            self._check_not_capturing(p.device)
-            m = state[key] = torch.zeros_like(p, dtype=dtype)
-        elif m.stride() != p.stride() and is_dense(p):
-            # The parameter's memory format changed after the first step.
-            self._check_not_capturing(p.device)
-            m = state[key] = torch.empty_like(p, dtype=m.dtype).copy_(m)
-        return m
-
-    def _exp_avg(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        return self._state(p, "exp_avg", group["momentum_dtype"])
-
     def float32_parameter(self, p: Tensor) -> Tensor:
         """A parameter's value as float32, with what compensated rounding keeps beside it: a new
         tensor of the parameter's shape."""
-        p, low = p.detach(), self.state.get(p, {}).get("compensation")
-        if low is None:
-            return p.to(torch.float32)
-        if low.dtype == torch.int16:
-            return (p.float().view(torch.int32) + low.int()).view(torch.float32)
-        return p.float() + low.float()
+        low, whole = self.state.get(p, {}).get("compensation"), local(p.detach()).float()
+        if low is not None and low.dtype == torch.int16:
+            whole = (whole.view(torch.int32) + local(low).int()).view(torch.float32)
+        elif low is not None:
+            whole = whole + local(low).float()
+        return states.cut_as(p, whole)
 
     def nonfinite_count(self) -> int:
         """Elements skipped because c was not finite; waits for the device."""
         return sum(int(count.item()) for count in self._nonfinite.values())
 
-    def _check_not_capturing(self, device: torch.device) -> None:
-        """A zero that is made while a graph is captured is made again by every replay."""
-        if kernels.is_capturing(device):
-            raise RuntimeError(kernels.WARM_UP)
-
     def _counter(self, device: torch.device) -> Tensor:
         if device not in self._nonfinite:
-            self._check_not_capturing(device)
+            states.check_not_capturing(device)
             self._nonfinite[device] = torch.zeros(1, dtype=torch.int64, device=device)
         return self._nonfinite[device]
 
@@ -286,22 +266,24 @@ class Lion(Optimizer):
         """The group's tensors for the ops: those with a gradient, or, with ``abstain``, all that
         require one, with None for a missing gradient."""
         batch = Batch()
-        compensated = group["rounding"] == "compensated"
-        if compensated:
-            batch.lows = []
-        for p in group["params"]:
-            g = p.grad
-            if not (p.requires_grad if abstain else g is not None):
+        batch.lows = [] if group["rounding"] == "compensated" else None
+        batch.scales = [] if group["momentum_dtype"] == torch.int8 else None
+        for param in group["params"]:
+            if not (param.requires_grad if abstain else param.grad is not None):
                 continue
-            m = self._exp_avg(p, group)
+            state = self.state[param]
+            states.make_momentum(state, param, group["momentum_dtype"])
+            states.keep_layout(state, param)
+            p, m = local(param), local(state["exp_avg"])
+            g = None if param.grad is None else local(param.grad)
             if batch.lows is not None:
-                dtype = _ops.low_dtype(p.dtype)
-                none = torch.empty(0, device=p.device)
-                batch.lows.append(none if dtype is None else self._state(p, "compensation", dtype))
+                batch.lows.append(states.compensation(state, param))
+            if batch.scales is not None:
+                batch.scales.append(states.scales_of(state))
             if p.is_complex():
                 p, m = torch.view_as_real(p), torch.view_as_real(m)
                 g = None if g is None else torch.view_as_real(g.resolve_conj())
-            if not is_dense(p):
+            if not states.is_dense(p):
                 batch.stand_ins.append((p, torch.empty_like(p).copy_(p)))
                 p = batch.stand_ins[-1][1]
             if g is not None and (g.stride() != p.stride() or g.is_neg()):
@@ -385,6 +367,7 @@ class Lion(Optimizer):
                 group.get("step"),
                 group["cautious"],
                 group["cautious_weight_decay"],
+                batch.scales,
             )
             batch.write_back()
 
@@ -392,18 +375,22 @@ class Lion(Optimizer):
         """Load a state of this class or of another Lion: lion-pytorch's, google's, timm's, optimi's
         and bitsandbytes', 8-bit too. Options that the state lacks keep their present values;
         momenta take this optimizer's momentum dtype and their parameters' memory layout."""
-        groups = [translated(group) for group in state_dict["param_groups"]]
-        state_dict = {**state_dict, "param_groups": groups}
+        groups = [interchange.translated(group) for group in state_dict["param_groups"]]
         saved = state_dict["state"]
-        saved_ids = list(chain.from_iterable(g["params"] for g in state_dict["param_groups"]))
+        saved_ids = list(chain.from_iterable(g["params"] for g in groups))
         params = list(chain.from_iterable(g["params"] for g in self.param_groups))
         loaded: dict[Tensor, dict[str, Tensor]] = {p: {} for p in params}
         for i, (number, p) in enumerate(zip(saved_ids, params, strict=False)):
-            loaded[p] = saved_tensors(saved.get(number, {}), p, f"parameter {i}")
+            loaded[p] = interchange.saved_tensors(saved.get(number, {}), p, f"parameter {i}")
         present = [dict(group) for group in self.param_groups]
-        for saved_group, group in zip(state_dict["param_groups"], present, strict=False):
+        # How a momentum is stored is this optimizer's own choice, not the saved one's.
+        groups = [
+            {**group, "momentum_dtype": before["momentum_dtype"]}
+            for group, before in zip(groups, present, strict=False)
+        ] + groups[len(present) :]
+        for saved_group, group in zip(groups, present, strict=False):
             check_options({**group, **saved_group})
-        super().load_state_dict(state_dict)
+        super().load_state_dict({**state_dict, "param_groups": groups})
         for group, before in zip(self.param_groups, present, strict=True):
             for key, value in before.items():
                 group.setdefault(key, value)
@@ -412,10 +399,30 @@ class Lion(Optimizer):
                 # torch casts every state to its parameter's dtype: start from the saved ones.
                 self.state.pop(p, None)
                 if "exp_avg" in loaded[p]:
-                    self._exp_avg(p, group).copy_(loaded[p]["exp_avg"])
-                low = loaded[p].get("compensation")
-                dtype = _ops.low_dtype(p.dtype) if group["rounding"] == "compensated" else None
-                if low is not None and low.dtype == dtype:
-                    self._state(p, "compensation", dtype).copy_(low)
+                    states.make_momentum(self.state[p], p, group["momentum_dtype"])
+                    states.load_momentum(self.state[p], p, loaded[p])
+                if "compensation" in loaded[p] and group["rounding"] == "compensated":
+                    states.load_compensation(self.state[p], p, loaded[p])
             if "step" in group and group["params"]:
                 group["step"] = group["step"].to(group["params"][0].device)
+
+    def export_state_dict(self, library: str) -> dict[str, Any]:
+        """The state as ``library`` loads it: "lion-pytorch", "google", "timm", "optimi",
+        "bitsandbytes" or "bitsandbytes-8bit". Momenta are float32 copies, of every momentum dtype
+        and memory format; options are those that the library has."""
+        if library not in interchange.LIBRARIES:
+            raise ValueError(
+                f"library must be one of {', '.join(interchange.LIBRARIES)}, got {library!r}"
+            )
+        packed = self.state_dict()["param_groups"]
+        exported: dict[str, Any] = {"state": {}, "param_groups": []}
+        for group, ids in zip(self.param_groups, packed, strict=True):
+            options = interchange.exported_group(library, group, weight_decay(group))
+            exported["param_groups"].append({**options, "params": ids["params"]})
+            steps = int(group.get("step", 1))
+            for p, number in zip(group["params"], ids["params"], strict=True):
+                if "exp_avg" in self.state.get(p, {}):
+                    m = states.cut_as(p, states.float32_momentum(self.state[p]))
+                    state = interchange.exported_state(library, m, p, steps)
+                    exported["state"][number] = state
+        return exported

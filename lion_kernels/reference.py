@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lion_kernels import _ops
-from lion_kernels.layout import BITS_PER_WORD, words_of
+from lion_kernels.layout import BITS_PER_WORD, MOMENTUM_BLOCK, words_of
 
 _TIE_STREAM = -1
 ROUNDING_STREAM = -2
@@ -56,6 +56,43 @@ def coins(seed: int, stream: int, step: int, first_word: int, n_words: int) -> T
     return ((word_tensor >> torch.arange(BITS_PER_WORD)) & 1).flatten()
 
 
+def quantize(m: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 momentum as int8 of the same strides, and the float32 scale of each block of 128
+    elements of its storage, its largest magnitude: q = 127 * sqrt(|m| / scale) * sign(m), to
+    nearest; -128 where m is not finite, which takes no part in the scale."""
+    flat = _storage_order(m)
+    finite = flat.isfinite()
+    size = torch.where(finite, flat.abs(), 0)
+    blocks = torch.nn.functional.pad(size, (0, -m.numel() % MOMENTUM_BLOCK))
+    blocks = blocks.view(-1, MOMENTUM_BLOCK)
+    scale = blocks.amax(1) if m.numel() > 0 else m.new_empty(0)
+    # A number over a tensor would be the tensor's reciprocal times the number: two roundings.
+    steps = torch.full_like(scale, 127).div(torch.where(scale > 0, scale, 1).sqrt())
+    q = (blocks.sqrt() * steps.unsqueeze(1)).round().flatten()[: m.numel()]
+    q = torch.where(finite, q.copysign(flat), -128).to(torch.int8)
+    return _like_storage(q, m), scale
+
+
+def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    """The float32 momentum of an int8 one: scale * (|q| / 127)**2 * sign(q), NaN where q = -128."""
+    flat = _storage_order(q).float()
+    m = flat * flat.abs() * _f32(1 / 127**2) * scale.repeat_interleave(MOMENTUM_BLOCK)[: q.numel()]
+    return _like_storage(torch.where(flat == -128, torch.nan, m), q)
+
+
+def _read(m: Tensor, i: int, scales: Sequence[Tensor] | None) -> Tensor:
+    return m.float() if m.dtype != torch.int8 or scales is None else dequantize(m, scales[i])
+
+
+def _write(m: Tensor, i: int, scales: Sequence[Tensor] | None, value: Tensor) -> None:
+    if m.dtype != torch.int8 or scales is None:
+        m.copy_(value)
+    else:
+        q, scale = quantize(torch.empty_like(m, dtype=torch.float32).copy_(value))
+        m.copy_(q)
+        scales[i].copy_(scale)
+
+
 def _fma(a: Tensor, b: float, c: Tensor) -> Tensor:
     """a * b + c in float32 with one rounding."""
     return (a.double() * b + c.double()).float()
@@ -97,19 +134,21 @@ def lion_step(
     step: Tensor | None = None,
     cautious: bool = False,
     cautious_decay: bool = False,
+    scales: Sequence[Tensor] | None = None,
 ) -> None:
     """c = beta1 * m + (1 - beta1) * g;  m = beta2 * m + (1 - beta2) * g;
     p = p * (1 - lr * weight_decay) - lr * sign(c), with sign(NaN) = NaN. Cautious: a sign that is
     not g's is 0. Cautious decay: no decay where sign(c) * p < 0."""
     _ops.check_lion_step(
         params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite, grad_scale,
-        found_inf, rounding, lows, seed, step, cautious, cautious_decay,
+        found_inf, rounding, lows, seed, step, cautious, cautious_decay, scales,
     )  # fmt: skip
     if _is_set(found_inf):
         return
     decay = _f32(1 - lr.item() * weight_decay)
     put = _Rounding(params, rounding, lows, seed, step)
-    for i, (g, m) in enumerate(zip(grads, exp_avgs, strict=True)):
+    for i, (g, exp_avg) in enumerate(zip(grads, exp_avgs, strict=True)):
+        m = _read(exp_avg, i, scales)
         c = _interpolate(m, g, beta1, maximize, grad_scale)
         next_m = _interpolate(m, g, beta2, maximize, grad_scale)
         sign = _cautious(c.sign(), g, maximize) if cautious else c.sign()
@@ -124,7 +163,7 @@ def lion_step(
             next_p = torch.where(skip, p, next_p)
             next_m = torch.where(skip, m, next_m)
         put.store(i, next_p)
-        m.copy_(next_m)
+        _write(exp_avg, i, scales, next_m)
     if step is not None:
         step += 1
 
@@ -144,29 +183,32 @@ def encode(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     cautious: bool = False,
+    scales: Sequence[Tensor] | None = None,
 ) -> None:
     """vote = sign(c), sent as v = (vote + 1) / 2 (one plane; a zero vote is a coin) or
     v = vote + 1 (two planes). A non-finite c votes zero and leaves its momentum; cautious, a vote
     that is not the gradient's sign is zero. Bit t of the flags: whether tensor t has a gradient."""
     _ops.check_encode(
         grads, exp_avgs, ballot, flags, beta1, beta2, maximize, seed, rank, step, nonfinite,
-        grad_scale, found_inf, cautious,
+        grad_scale, found_inf, cautious, scales,
     )  # fmt: skip
     if _is_set(found_inf):
         return
     shards, n_planes, words_per_shard = ballot.shape
     flat = torch.zeros(shards * words_per_shard * BITS_PER_WORD, dtype=torch.int64)
     word = 0
-    for g, m in zip(grads, exp_avgs, strict=True):
-        vote = torch.zeros_like(m, dtype=torch.float32)
+    for i, (g, exp_avg) in enumerate(zip(grads, exp_avgs, strict=True)):
+        m = _read(exp_avg, i, scales)
+        vote = torch.zeros_like(m)
         if g is not None:
             c = _interpolate(m, g, beta1, maximize, grad_scale)
             abstain = ~c.isfinite()
             vote = _cautious(c.sign(), g, maximize) if cautious else c.sign()
             vote = torch.where(abstain, 0.0, vote)
-            m.copy_(torch.where(abstain, m, _interpolate(m, g, beta2, maximize, grad_scale)))
+            next_m = _interpolate(m, g, beta2, maximize, grad_scale)
+            _write(exp_avg, i, scales, torch.where(abstain, m, next_m))
             nonfinite += abstain.sum()
-        votes = _storage_order(torch.empty_like(m, dtype=torch.float32).copy_(vote)).long()
+        votes = _storage_order(torch.empty_like(m).copy_(vote)).long()
         if n_planes == 2:
             v = votes + 1
         else:

@@ -23,6 +23,7 @@ from lion_kernels.kernels import launch
 
 ARCHS = (80, 90, 100)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOMENTA = {**DTYPES, "int8": torch.int8}
 # What the launchers pass, where the kernel does not say it itself.
 TYPES = {
     "table_ptr": "*i64", "tile_rows_ptr": "*i32", "nonfinite_ptr": "*i64", "step_ptr": "*i64",
@@ -36,13 +37,13 @@ def variants():
     """(kernel, name of the variant, its constants, bytes that a tile's tensors read and write an
     element) of everything that launch.py can launch."""
     for (g, m), flag, rounding in itertools.product(
-        itertools.product(DTYPES, DTYPES), (False, True), ROUNDINGS
+        itertools.product(DTYPES, MOMENTA), (False, True), ROUNDINGS
     ):
         if g == "float32" and rounding != "nearest":
             continue  # float32 drops nothing
         types = f"{g}, momentum {m}"
-        g_size, m_size = DTYPES[g].itemsize, DTYPES[m].itemsize
-        p_type, m_type = (launch.TRITON_DTYPES[DTYPES[name]] for name in (g, m))
+        g_size, m_size = DTYPES[g].itemsize, MOMENTA[m].itemsize
+        p_type, m_type = (launch.TRITON_DTYPES[MOMENTA[name]] for name in (g, m))
         constants = {"P": p_type, "M": m_type, "ROUNDING": ROUNDINGS.index(rounding)}
         constants |= {"PLAIN": not flag, "BLOCK": launch.STEP.block}
         low = (g_size,) if rounding == "compensated" else ()

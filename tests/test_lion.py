@@ -71,7 +71,7 @@ def test_many_steps_match_eager_lion(maximize):
         ("betas", (0.9,), "pair"),
         ("weight_decay", -0.1, "weight_decay must be at least 0"),
         ("momentum_dtype", "float8", "momentum_dtype must be None or one of float32"),
-        ("momentum_dtype", torch.int8, "momentum_dtype must be"),
+        ("momentum_dtype", torch.int16, "momentum_dtype must be"),
     ],
 )
 def test_bad_options(option, value, message):

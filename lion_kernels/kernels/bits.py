@@ -20,7 +20,8 @@ FIRST_TILE = tl.constexpr(5)  # the program that handles the tensor's first tile
 ALIGNED = tl.constexpr(6)  # whether every pointer of the row is a multiple of 16
 INDEX = tl.constexpr(7)  # place in the list; -1: no tensor, words that only fill the ballot
 LOW = tl.constexpr(8)
-COLUMNS = tl.constexpr(9)
+SCALE = tl.constexpr(9)
+COLUMNS = tl.constexpr(10)
 
 # A multiple of 32; small, so that the masked path does not decide how many registers there are.
 EDGE = tl.constexpr(512)

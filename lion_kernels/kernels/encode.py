@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from lion_kernels.kernels import bits
+from lion_kernels.kernels.momentum import load_momentum, store_momentum
 
 
 @triton.jit
@@ -20,11 +21,11 @@ def _votes_tile(
     g_ptr = bits.pointer(row, bits.GRAD, start, G, MASKED)
     m_ptr = bits.pointer(row, bits.EXP_AVG, start, M, MASKED)
     g = bits.load(g_ptr, left, TILE, MASKED)
-    m = bits.load(m_ptr, left, TILE, MASKED)
+    m = load_momentum(row, m_ptr, start, left, M, TILE, MASKED)
     c = bits.interpolate(g, m, beta1, complement1)
     finite = tl.abs(c) < float("inf")
     next_m = tl.where(finite, bits.interpolate(g, m, beta2, complement2), m)
-    bits.store(m_ptr, next_m, left, M, TILE, MASKED)
+    store_momentum(row, m_ptr, start, left, next_m, M, TILE, MASKED)
     bits.count_nonfinite(c, nonfinite_ptr)
     if CAUTIOUS:
         finite = finite & bits.agrees(c, g, complement1)

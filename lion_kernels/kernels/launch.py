@@ -22,7 +22,12 @@ from lion_kernels.kernels.table import Launches, check_dense, identity, rows_by_
 from lion_kernels.layout import pack_flags
 from lion_kernels.reference import ROUNDING_STREAM, mix64
 
-TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int8: tl.int8,
+}
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,14 @@ def _kept(params: Sequence[Tensor], lows: Sequence[Tensor] | None) -> list[Tenso
     return [None if _ops.low_dtype(p.dtype) is None else low for p, low in pairs]
 
 
+def _used(exp_avgs: Sequence[Tensor], scales: Sequence[Tensor] | None) -> list[Tensor | None]:
+    """The scales that the kernels read."""
+    if not scales:
+        return [None] * len(exp_avgs)
+    pairs = zip(exp_avgs, scales, strict=True)
+    return [scale if m.dtype == torch.int8 else None for m, scale in pairs]
+
+
 def _advance(step: Tensor, found_inf: Tensor | None) -> None:
     step += 1 if found_inf is None else (found_inf == 0).reshape(step.shape)
 
@@ -167,6 +180,7 @@ def lion_step(
     step: Tensor | None = None,
     cautious: bool = False,
     cautious_decay: bool = False,
+    scales: Sequence[Tensor] | None = None,
 ) -> None:
     """See reference.lion_step."""
     device = params[0].device if params else lr.device
@@ -174,16 +188,17 @@ def lion_step(
     def launches() -> Launches:
         _ops.check_lion_step(
             params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite,
-            grad_scale, found_inf, rounding, lows, seed, step, cautious, cautious_decay,
+            grad_scale, found_inf, rounding, lows, seed, step, cautious, cautious_decay, scales,
         )  # fmt: skip
         check_dense(params, "params", params)
         check_dense(grads, "grads", params)
         check_dense(exp_avgs, "exp_avgs", params)
         kept = _kept(params, lows)
         check_dense(kept, "lows", params)
-        return rows_by_dtypes(params, grads, exp_avgs, kept, (params, exp_avgs))
+        used = _used(exp_avgs, scales)
+        return rows_by_dtypes(params, grads, exp_avgs, kept, used, (params, exp_avgs))
 
-    tensors = identity(params, grads, exp_avgs, lows or ())
+    tensors = identity(params, grads, exp_avgs, lows or (), scales or ())
     key = ("lion_step", tensors, rounding, *_shapes(lr, grad_scale, found_inf, step))
     if nonfinite is not None:
         _check_place(nonfinite, "nonfinite", device, torch.int64)
@@ -231,6 +246,7 @@ def encode(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     cautious: bool = False,
+    scales: Sequence[Tensor] | None = None,
 ) -> None:
     """See reference.encode."""
     device = ballot.device
@@ -238,21 +254,22 @@ def encode(
     def launches() -> Launches:
         _ops.check_encode(
             grads, exp_avgs, ballot, flags, beta1, beta2, maximize, seed, rank, step, nonfinite,
-            grad_scale, found_inf, cautious,
+            grad_scale, found_inf, cautious, scales,
         )  # fmt: skip
         n_words = ballot.shape[0] * ballot.shape[2]
         _check_words(ballot, "ballot", device, n_words)
         _check_words(flags, "flags", device)
         check_dense(exp_avgs, "exp_avgs", exp_avgs, device)
         check_dense(grads, "grads", exp_avgs)
-        absent = [None] * len(exp_avgs)
-        return rows_by_dtypes(absent, grads, exp_avgs, absent, (grads, exp_avgs), n_words)
+        absent, used = [None] * len(exp_avgs), _used(exp_avgs, scales)
+        return rows_by_dtypes(absent, grads, exp_avgs, absent, used, (grads, exp_avgs), n_words)
 
     def flag_words() -> list[int]:
         return pack_flags([g is not None for g in grads], flags.shape[1])
 
     buffers = _layouts(ballot, flags)
-    key = ("encode", identity((), grads, exp_avgs), *buffers, *_shapes(step, grad_scale, found_inf))
+    tensors = identity((), grads, exp_avgs, (), scales or ())
+    key = ("encode", tensors, *buffers, *_shapes(step, grad_scale, found_inf))
     _check_place(step, "step", device, torch.int64)
     _check_place(nonfinite, "nonfinite", device, torch.int64)
     complement1, complement2 = _complements(beta1, beta2, maximize)
@@ -303,7 +320,7 @@ def apply(
         check_dense(params, "params", params, device)
         absent, kept = [None] * len(params), _kept(params, lows)
         check_dense(kept, "lows", params)
-        return rows_by_dtypes(params, absent, absent, kept, (params,))
+        return rows_by_dtypes(params, absent, absent, kept, absent, (params,))
 
     buffers = _layouts(verdict, presence)
     tensors = identity(params, (), (), lows or ())

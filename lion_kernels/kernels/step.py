@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from lion_kernels.kernels import bits
+from lion_kernels.kernels.momentum import load_momentum, store_momentum
 from lion_kernels.kernels.rounding import begin, load_parameter, store_parameter
 
 
@@ -22,7 +23,7 @@ def _step_tile(
     m_ptr = bits.pointer(row, bits.EXP_AVG, start, M, MASKED)
     p = load_parameter(row, p_ptr, start, left, P, ROUNDING, TILE, MASKED)
     g = bits.load(g_ptr, left, TILE, MASKED)
-    m = bits.load(m_ptr, left, TILE, MASKED)
+    m = load_momentum(row, m_ptr, start, left, M, TILE, MASKED)
     c = bits.interpolate(g, m, beta1, complement1)
     next_m = bits.interpolate(g, m, beta2, complement2)
     # Neither above nor below 0: a zero, or a NaN that must stay visible.
@@ -40,7 +41,7 @@ def _step_tile(
         if skip != 0:
             bits.count_nonfinite(c, nonfinite_ptr)
     store_parameter(row, p_ptr, start, left, next_p, key, P, ROUNDING, TILE, MASKED)
-    bits.store(m_ptr, next_m, left, M, TILE, MASKED)
+    store_momentum(row, m_ptr, start, left, next_m, M, TILE, MASKED)
 
 
 @triton.jit(do_not_specialize=bits.RUNTIME)

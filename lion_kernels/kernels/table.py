@@ -15,8 +15,8 @@ from torch import Tensor
 from lion_kernels.kernels import WARM_UP, is_capturing
 from lion_kernels.layout import words_of
 
-# One tensor of a list: pointers of p, g, m and low (0: absent), elements, first word, place.
-Row = tuple[int, int, int, int, int, int, int]
+# One tensor of a list: pointers of p, g, m, low and scale (0: absent), elements, first word, place.
+Row = tuple[int, int, int, int, int, int, int, int]
 Key = tuple[object, ...]
 # The rows of each launch, by the dtypes that its kernel is compiled for.
 Launches = dict[tuple[torch.dtype, ...], list[Row]]
@@ -89,10 +89,10 @@ def _staging(n: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
 def _build(rows: Sequence[Row], flags: Sequence[int], block: int, device: torch.device) -> Table:
     values: list[int] = []
     tiles, first_tile = [], 0
-    for p, g, m, low, numel, first_word, index in rows:
+    for p, g, m, low, scale, numel, first_word, index in rows:
         # Words without a tensor take the masked path, which knows that they hold no votes.
         aligned = index >= 0 and all(pointer % 16 == 0 for pointer in (p, g, m, low))
-        values += (p, g, m, numel, first_word, first_tile, aligned, index, low)
+        values += (p, g, m, numel, first_word, first_tile, aligned, index, low, scale)
         # An empty row gets a tile, so that a list of empty tensors is a launch like any other.
         tiles.append(max(1, -(-numel // block)))
         first_tile += tiles[-1]
@@ -137,9 +137,11 @@ def identity(
     grads: Sequence[Tensor | None] = (),
     exp_avgs: Sequence[Tensor | None] = (),
     lows: Sequence[Tensor | None] = (),
+    scales: Sequence[Tensor | None] = (),
 ) -> bytes:
     """What a table and the checks of lists depend on: equal for lists that are the same."""
-    return torch.ops.lion_kernels._identity(params, grads, exp_avgs, lows).numpy().tobytes()
+    lists = params, grads, exp_avgs, lows, scales
+    return torch.ops.lion_kernels._identity(*lists).numpy().tobytes()
 
 
 def check_dense(
@@ -209,6 +211,7 @@ def rows_by_dtypes(
     grads: Sequence[Tensor | None],
     exp_avgs: Sequence[Tensor | None],
     lows: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
     decided_by: Sequence[Sequence[Tensor | None]],
     n_words: int | None = None,
 ) -> Launches:
@@ -218,19 +221,19 @@ def rows_by_dtypes(
     launches: Launches = {}
     undecided: list[Row] = []
     word = 0
-    for i, tensors in enumerate(zip(params, grads, exp_avgs, lows, strict=True)):
+    for i, tensors in enumerate(zip(params, grads, exp_avgs, lows, scales, strict=True)):
         numel = next(t.numel() for t in tensors if t is not None)
-        p, g, m, low = (0 if t is None else t.data_ptr() for t in tensors)
+        p, g, m, low, scale = (0 if t is None else t.data_ptr() for t in tensors)
         deciding = [each[i] for each in decided_by]
-        row = (p, g, m, low, numel, word, i)
+        row = (p, g, m, low, scale, numel, word, i)
         word += words_of(numel)
         if any(t is None for t in deciding):
             undecided.append(row)
         elif numel > 0:
             launches.setdefault(tuple(t.dtype for t in deciding if t is not None), []).append(row)
     if n_words is not None and word < n_words:
-        undecided.append((0, 0, 0, 0, 32 * (n_words - word), word, -1))
+        undecided.append((0, 0, 0, 0, 0, 32 * (n_words - word), word, -1))
     if undecided or not launches:
         first = next(iter(launches), (torch.float32,) * len(decided_by))
-        launches.setdefault(first, []).extend(undecided or [(0, 0, 0, 0, 0, 0, -1)])
+        launches.setdefault(first, []).extend(undecided or [(0, 0, 0, 0, 0, 0, 0, -1)])
     return launches

@@ -1,0 +1,122 @@
+"""Saved states of other Lions: read, whoever wrote them, and written for each of them.
+
+lion-pytorch, google's and timm's keep "exp_avg"; optimi too, beside a Kahan compensation;
+bitsandbytes "state1", in 8 bits with "qmap1" and "absmax1". Knows no optimizer.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lion_kernels.layout import blocks_of
+from lion_kernels.states import check_scales, is_dense, is_distributed, local, scales_of
+
+LIBRARIES = ("lion-pytorch", "google", "timm", "optimi", "bitsandbytes", "bitsandbytes-8bit")
+# Elements of a block of bitsandbytes' 8-bit states, newest first.
+_BLOCKS = (256, 2048)
+# It keeps smaller tensors in float32.
+_SMALLEST_8_BIT = 4096
+
+
+def _momentum_of_bitsandbytes(state: dict[str, Any], where: str) -> Tensor:
+    """``state1`` as floats: 8-bit values index ``qmap1``, scaled by their block's maximum."""
+    m = state["state1"]
+    if m.dtype != torch.uint8:
+        return m
+    if "absmax1" not in state:
+        raise ValueError(f"the 8-bit state1 of {where} must have qmap1 and absmax1")
+    scales = state["absmax1"]
+    block = next((b for b in _BLOCKS if -(-m.numel() // b) == scales.numel()), None)
+    if block is None:
+        raise ValueError(
+            f"absmax1 of {where} must have an element for every {' or '.join(map(str, _BLOCKS))} "
+            f"of {m.numel()}, got {scales.numel()}"
+        )
+    values = state["qmap1"][m.flatten().long()]
+    return (values * scales.repeat_interleave(block)[: m.numel()]).view(m.shape)
+
+
+def translated(group: dict[str, Any]) -> dict[str, Any]:
+    """A saved group with betas, which optimi keeps as two options."""
+    if "betas" not in group and "beta1" in group and "beta2" in group:
+        return {**group, "betas": (group["beta1"], group["beta2"])}
+    return group
+
+
+def saved_tensors(state: dict[str, Any], p: Tensor, where: str) -> dict[str, Tensor]:
+    """The tensors of a parameter's saved state by this library's keys; raises ValueError where
+    they do not fit the parameter or each other."""
+    state = {**state, **state.get("__bnb_optimizer_quant_state__", {})}
+    found = {key: state[key] for key in ("exp_avg", "compensation") if state.get(key) is not None}
+    if state.get("state1") is not None:
+        found["exp_avg"] = _momentum_of_bitsandbytes(state, where)
+    for key, tensor in found.items():
+        if tensor.shape != p.shape:
+            raise ValueError(
+                f"the {key} of {where} must have shape {tuple(p.shape)}, got {tuple(tensor.shape)}"
+            )
+        if is_distributed(p) and (
+            not is_distributed(tensor) or local(tensor).shape != local(p).shape
+        ):
+            raise ValueError(f"the {key} of {where} must be a DTensor that is cut as the parameter")
+    if "exp_avg" in found and found["exp_avg"].dtype == torch.int8:
+        q, scales = local(found["exp_avg"]), state.get("exp_avg_scale")
+        if scales is None or not is_dense(q) or local(scales).numel() < blocks_of(q.numel()):
+            raise ValueError(
+                f"the int8 exp_avg of {where} must be dense and have {blocks_of(q.numel())} "
+                f"exp_avg_scale, got {None if scales is None else tuple(scales.shape)}"
+            )
+        found["exp_avg_scale"] = scales
+        check_scales(q, scales_of(found), where)
+    return found
+
+
+def _in_8_bits(m: Tensor) -> dict[str, Tensor]:
+    """A float32 momentum in bitsandbytes' blocks of 256, each value the nearest of their map."""
+    try:
+        from bitsandbytes.functional import create_dynamic_map
+    except ImportError as error:
+        raise RuntimeError(
+            "a state for bitsandbytes-8bit needs its map of values: `pip install bitsandbytes`"
+        ) from error
+    qmap, flat = create_dynamic_map(signed=True).to(m.device), m.flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % _BLOCKS[0])).view(-1, _BLOCKS[0])
+    absmax = blocks.abs().amax(1)
+    scaled = blocks / torch.where(absmax > 0, absmax, 1).unsqueeze(1)
+    nearest = torch.bucketize(scaled, (qmap[1:] + qmap[:-1]) / 2)
+    codes = nearest.flatten()[: flat.numel()].view(m.shape).to(torch.uint8)
+    return {"state1": codes, "qmap1": qmap, "absmax1": absmax}
+
+
+def exported_state(library: str, m: Tensor, p: Tensor, steps: int) -> dict[str, Any]:
+    """A parameter's state in the layout of ``library``, from its momentum in float32."""
+    if library == "bitsandbytes-8bit" and m.numel() >= _SMALLEST_8_BIT:
+        return {"step": steps, **_in_8_bits(m)}
+    if library.startswith("bitsandbytes"):
+        return {"step": steps, "state1": m.contiguous()}
+    if library == "optimi":
+        # Where this is missing, its next step clears the momentum.
+        is_half = p.dtype in (torch.bfloat16, torch.float16)
+        return {"exp_avg": m, "kahan_comp": torch.zeros_like(p) if is_half else None}
+    return {"exp_avg": m}
+
+
+def exported_group(library: str, group: dict[str, Any], weight_decay: float) -> dict[str, Any]:
+    """The options of a group that ``library`` has, under its names."""
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    out: dict[str, Any] = {"lr": lr.item() if isinstance(lr, Tensor) else lr}
+    out["weight_decay"] = weight_decay
+    if library == "optimi":
+        is_half = any(p.dtype in (torch.bfloat16, torch.float16) for p in group["params"])
+        return out | {
+            "beta1": beta1, "beta2": beta2, "decouple_lr": False, "max_lr": None,
+            "kahan_sum": is_half or None, "foreach": None, "triton": None,
+            "gradient_release": False, "setup": False,
+        }  # fmt: skip
+    out["betas"] = (beta1, beta2)
+    if library.startswith("bitsandbytes"):
+        return out | {"eps": 0.0}
+    if library == "timm":
+        return out | {"maximize": group["maximize"], "caution": False, "foreach": None}
+    return out
