@@ -16,8 +16,8 @@ namespace lion {
 namespace {
 
 constexpr int64_t kWordsPerBlock = kBlock / kBitsPerWord;
-// Elements of an int8 momentum that are float32 at a time: 4 KiB.
-constexpr int64_t kChunk = 8 * kBlock;
+// Elements of an int8 momentum that are float32 at a time: 2 KiB.
+constexpr int64_t kChunk = 4 * kBlock;
 
 // The optional scalar of a torch.amp.GradScaler, or what its absence means.
 double amp_scalar(const std::optional<at::Tensor>& tensor, const char* name, double absent) {
@@ -247,7 +247,8 @@ void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_a
     items.push_back({p.data_ptr(), g.const_data_ptr(), m.data_ptr(), p.numel(),
                      static_cast<int64_t>(p.element_size()), static_cast<int64_t>(m.element_size()),
                      dtype_of(p, "params", index), momentum_dtype_of(m, index),
-                     low_of(rounding, lows, index, p), scales_of(m, index, exp_avgs.size(), scales)});
+                     low_of(rounding, lows, index, p),
+                     scales_of(m, index, exp_avgs.size(), scales)});
     space.append(p.numel());
   }
   const uint64_t key = rounding_key(rounding, seed, step);
@@ -348,9 +349,8 @@ void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList ex
   space.for_each_run([&](size_t t, int64_t first, int64_t last) {
     const Item& item = items[t];
     if (item.grad == nullptr)
-      return for_each_piece(t, first, last, [](const Segment& s, const BallotRun& run) {
-        abstain(s.count, run);
-      });
+      return for_each_piece(t, first, last,
+                            [](const Segment& s, const BallotRun& run) { abstain(s.count, run); });
     const Segment whole = segment_of(space, t, first, last, item.numel);
     for_each_chunk(kernels, item, whole, [&](const Segment& chunk, void* m, DType m_dtype) {
       const int64_t begin = space.first[t] + chunk.offset / kBitsPerWord;

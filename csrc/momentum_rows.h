@@ -6,7 +6,6 @@
 // a momentum that was not finite, and reads as NaN; it takes no part in the scale.
 
 constexpr float kSteps = 127.0f;
-constexpr float kNotFinite = -128.0f;
 
 inline Vec magnitude(const Vec& a) {
   Vec out;
@@ -14,44 +13,61 @@ inline Vec magnitude(const Vec& a) {
   return out;
 }
 
-inline float largest(const Vec& a) {
-  float lanes[Vec::kLanes];
-  store(lanes, a);
-  for (int half = Vec::kLanes / 2; half > 0; half /= 2)
-    for (int k = 0; k < half; ++k)
-      if (lanes[k + half] > lanes[k]) lanes[k] = lanes[k + half];
-  return lanes[0];
+// Whether any of the block is -128, eight at a time: a zero byte is what borrows.
+inline bool has_not_finite(const int8_t* q_block) {
+  constexpr uint64_t kOnes = 0x0101010101010101u;
+  uint64_t words[kBlock / 8], zero = 0;
+  std::memcpy(words, q_block, kBlock);
+  for (uint64_t word : words) {
+    const uint64_t other = word ^ (128 * kOnes);
+    zero |= (other - kOnes) & ~other;
+  }
+  return (zero & (128 * kOnes)) != 0;
 }
 
 inline void dequantize_block(const int8_t* q_block, float scale, float* m_block) {
   for (int k = 0; k < kBlock; k += Vec::kLanes) {
     const Vec q = load(q_block + k);
     const Vec square = multiply(multiply(q, magnitude(q)), fill(1.0f / (kSteps * kSteps)));
-    Vec m = multiply(square, fill(scale));
-    const uint32_t bad = negative(fma(q, fill(1.0f), fill(kSteps + 0.5f)));
-    if (bad != 0) m = select(bad, fill(NAN), m);
-    store(m_block + k, m);
+    store(m_block + k, multiply(square, fill(scale)));
   }
+  if (has_not_finite(q_block))
+    for (int k = 0; k < kBlock; ++k)
+      if (q_block[k] == -128) m_block[k] = NAN;
+}
+
+inline float largest_of(const float* m_block) {
+  Vec top = magnitude(load(m_block));
+  for (int k = Vec::kLanes; k < kBlock; k += Vec::kLanes)
+    top = maximum(top, magnitude(load(m_block + k)));
+  return largest(top);
 }
 
 inline void quantize_block(const float* m_block, int8_t* q_block, float* scale) {
-  Vec top = fill(0.0f);
-  for (int k = 0; k < kBlock; k += Vec::kLanes) {
-    const Vec m = load(m_block + k), size = magnitude(m);
-    const uint32_t ok = finite(m);
-    top = maximum(top, ok == kAllLanes ? size : select(ok, size, Vec{}));
+  alignas(64) float finite_block[kBlock];
+  const float* source = m_block;
+  float top = largest_of(m_block);
+  const bool is_finite = top < INFINITY;
+  if (!is_finite) {
+    for (int k = 0; k < kBlock; k += Vec::kLanes) {
+      const Vec m = load(m_block + k);
+      store(finite_block + k, select(finite(m), m, Vec{}));
+    }
+    source = finite_block;
+    top = largest_of(source);
   }
-  *scale = largest(top);
+  *scale = top;
   // The roots of all float32, subnormals too, are normal numbers: nothing here can overflow.
-  const Vec steps = fill(*scale > 0.0f ? kSteps / __builtin_sqrtf(*scale) : 0.0f);
+  const Vec steps = fill(top > 0.0f ? kSteps / __builtin_sqrtf(top) : 0.0f);
   for (int k = 0; k < kBlock; k += Vec::kLanes) {
-    const Vec m = load(m_block + k);
-    const uint32_t ok = finite(m);
+    const Vec m = load(source + k);
     Vec q = multiply(square_root(magnitude(m)), steps);
     set_bits(q, bits_of(q) | (bits_of(m) & 0x80000000u));
-    if (ok != kAllLanes) q = select(ok, q, fill(kNotFinite));
     store(q_block + k, q);
   }
+  if (!is_finite)
+    for (int k = 0; k < kBlock; ++k)
+      if (m_block[k] - m_block[k] != 0.0f) q_block[k] = -128;
 }
 
 void dequantize_row(const int8_t* q, const float* scales, int64_t n, float* m) {

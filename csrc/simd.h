@@ -79,7 +79,14 @@ inline void store(int8_t* x, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(x), bytes);
 }
 inline Vec square_root(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
-inline Vec maximum(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+// The larger of two that are not negative; a NaN is the largest of all.
+inline Vec maximum(Vec a, Vec b) {
+  const __m512i largest = _mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v));
+  return {_mm512_castsi512_ps(largest)};
+}
+inline float largest(Vec a) {
+  return bit_cast<float>(_mm512_reduce_max_epi32(_mm512_castps_si512(a.v)));
+}
 inline Vec multiply(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 // a * b - c
@@ -142,7 +149,17 @@ inline void store(int8_t* x, Vec a) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(x), _mm_packs_epi16(halves, halves));
 }
 inline Vec square_root(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
-inline Vec maximum(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec maximum(Vec a, Vec b) {
+  const __m256i largest = _mm256_max_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v));
+  return {_mm256_castsi256_ps(largest)};
+}
+inline float largest(Vec a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  __m128i half = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1));
+  return bit_cast<float>(_mm_cvtsi128_si32(half));
+}
 inline Vec multiply(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec fms(Vec a, Vec b, Vec c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
@@ -231,9 +248,14 @@ inline Vec square_root(Vec a) {
   return out;
 }
 inline Vec maximum(Vec a, Vec b) {
-  Vec out;
-  for (int k = 0; k < Vec::kLanes; ++k) out.v[k] = a.v[k] > b.v[k] ? a.v[k] : b.v[k];
-  return out;
+  const Mask x = bit_cast<Mask>(a.v), y = bit_cast<Mask>(b.v), is_larger = x > y;
+  return {bit_cast<Floats>((x & is_larger) | (y & ~is_larger))};
+}
+inline float largest(Vec a) {
+  const Mask bits = bit_cast<Mask>(a.v);
+  int32_t out = bits[0];
+  for (int k = 1; k < Vec::kLanes; ++k) out = bits[k] > out ? bits[k] : out;
+  return bit_cast<float>(out);
 }
 inline Vec multiply(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec fma(Vec a, Vec b, Vec c) {

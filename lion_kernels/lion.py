@@ -200,6 +200,10 @@ class Lion(Optimizer):
                     f"all parameters of a group must be on one device: {self._label(group, i)} is "
                     f"on {p.device}, the first on {group['params'][0].device}"
                 )
+            if self._votes and states.is_distributed(p):
+                raise ValueError(
+                    f"DistributedLion votes on plain tensors: {self._label(group, i)} is a DTensor"
+                )
             if p.device.type not in ("cpu", "cuda"):
                 raise ValueError(
                     f"parameters must be on the CPU or a CUDA device: {self._label(group, i)} is "
@@ -221,6 +225,11 @@ class Lion(Optimizer):
                 f"the gradient of {self._label(group, index)} must be {p.dtype} of shape "
                 f"{tuple(p.shape)} on {p.device}, got {g.dtype} of shape {tuple(g.shape)} on "
                 f"{g.device}"
+            )
+        if states.is_distributed(p) and p.grad.placements != p.placements:
+            raise ValueError(
+                f"the gradient of {self._label(group, index)} must be cut as it is, "
+                f"{p.placements}, got {p.grad.placements}"
             )
 
     def _check(self) -> None:

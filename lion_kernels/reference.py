@@ -58,8 +58,8 @@ def coins(seed: int, stream: int, step: int, first_word: int, n_words: int) -> T
 
 def quantize(m: Tensor) -> tuple[Tensor, Tensor]:
     """A float32 momentum as int8 of the same strides, and the float32 scale of each block of 128
-    elements of its storage, its largest magnitude: q = 127 * sqrt(|m| / scale) * sign(m), to
-    nearest; -128 where m is not finite, which takes no part in the scale."""
+    elements of its storage, its largest magnitude: q = 127 * sqrt(|m| / scale),
+    to nearest, with the sign of m; -128 where m is not finite, which takes no part in the scale."""
     flat = _storage_order(m)
     finite = flat.isfinite()
     size = torch.where(finite, flat.abs(), 0)

@@ -67,7 +67,8 @@ def _zero_scales(p: Any) -> Tensor:
 
 def scales_of(state: dict[str, Tensor]) -> Tensor:
     """The scales of an int8 momentum as the ops take them."""
-    return local(state["exp_avg_scale"])[: blocks_of(local(state["exp_avg"]).numel())]
+    scales, blocks = local(state["exp_avg_scale"]), blocks_of(local(state["exp_avg"]).numel())
+    return scales if scales.numel() == blocks else scales[:blocks]
 
 
 def read_momentum(state: dict[str, Tensor]) -> Tensor:

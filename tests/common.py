@@ -35,7 +35,7 @@ def words(t):
 
 def bits_equal(a, b):
     """Whether two tensors hold the same bits."""
-    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(ints), b.contiguous().view(ints))
 
 

@@ -89,6 +89,30 @@ def round_at_random(x, random, bits, lowest):
     return np.sign(x) * unit * np.floor(np.float32(size / unit) + np.float32(noise))
 
 
+def quantize(m):
+    """A flat float32 momentum as (int8, a float32 scale for every 128): each operation rounded to
+    float32; what is not finite is -128."""
+    m = np.asarray(m, np.float32)
+    q, scales = np.full(len(m), -128, np.int8), np.zeros(-(-len(m) // 128), np.float32)
+    for b in range(len(scales)):
+        block = np.float64(m[128 * b : 128 * b + 128])
+        finite = np.isfinite(block)
+        scale = np.abs(block[finite]).max(initial=0)
+        scales[b] = scale
+        per_root = 0 if scale == 0 else f32(127 / f32(np.sqrt(scale)))
+        size = f32(f32(np.sqrt(np.abs(block[finite]))) * per_root)
+        q[128 * b : 128 * b + 128][finite] = np.sign(block[finite]) * np.rint(size)
+    return q, scales
+
+
+def dequantize(q, scales):
+    """scale * (q / 127)**2 with the sign of q, in float32; -128 is NaN."""
+    q = np.asarray(q, np.float64)
+    share = f32(q * np.abs(q) * f32(1 / 127**2))
+    m = np.float32(share * np.float64(np.repeat(scales, 128)[: len(q)]))
+    return np.where(q == -128, np.float32(np.nan), m)
+
+
 def votes(c, ballots, coins):
     """sign(c); not finite abstains; binary ballots replace a zero vote by its coin."""
     c = np.asarray(c, np.float64)

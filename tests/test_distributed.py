@@ -343,28 +343,50 @@ def test_nan_on_one_worker_poisons_nobody(worlds):
     assert worlds(3).run(poison) == [(True, 0), (True, 4), (True, 0)]
 
 
-def resume(rank, cut):
+def resume(rank, cut, momentum_dtype):
     """Six steps, saved and loaded into a new optimizer at `cut`."""
     params = parameters()
-    opt = DistributedLion(params, **HYPER, ballots="binary", ties="coin", seed=3)
+    options = {**HYPER, "ties": "coin", "seed": 3, "momentum_dtype": momentum_dtype}
+    opt = DistributedLion(params, **options)
     for step in range(6):
         if step == cut:
             state = pickle.loads(pickle.dumps(opt.state_dict()))
             params = [torch.nn.Parameter(p.detach().clone()) for p in params]
-            opt = DistributedLion(params, **HYPER, ballots="binary", ties="coin", seed=3)
+            opt = DistributedLion(params, **options)
             opt.load_state_dict(state)
         for t, p in enumerate(params):  # zeros everywhere: only coins move the parameters
             p.grad = torch.zeros_like(p) if t == 0 else gradient(rank, step, t, tuple(p.shape))
         opt.step()
-    return [p.detach() for p in params], [opt.state[p]["exp_avg"] for p in params]
+    return [p.detach() for p in params] + [t for p in params for t in opt.state[p].values()]
 
 
-def test_exact_resume(worlds):
-    for straight, resumed in zip(
-        worlds(4).run(resume, None), worlds(4).run(resume, 3), strict=True
-    ):
-        for a, b in zip(straight[0] + straight[1], resumed[0] + resumed[1], strict=True):
-            assert bits_equal(a, b)
+@pytest.mark.parametrize("momentum_dtype", [None, "int8"])
+def test_exact_resume(worlds, momentum_dtype):
+    straight, resumed = (worlds(4).run(resume, cut, momentum_dtype) for cut in (None, 3))
+    chained = itertools.chain.from_iterable
+    for a, b in zip(chained(straight), chained(resumed), strict=True):
+        assert bits_equal(a, b)
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "sharded"])
+def test_int8_momenta_equal_the_oracle(worlds, exchange):
+    """Each worker's momentum is stored in 8 bits between the steps."""
+    vote = {"aggregation": "majority", "ballots": "ternary", "ties": "zero"}
+    sizes = [math.prod(size) for size in SIZES]
+    expected = oracle.World([array(p.flatten()) for p in parameters()], 3, **vote, **HYPER, seed=7)
+    for step in range(4):
+        rows = [[gradient(rank, step, t, (n,)) for t, n in enumerate(sizes)] for rank in range(3)]
+        expected.step([[None if g is None else array(g) for g in row] for row in rows])
+        for rank, row in enumerate(rows):
+            for t, g in enumerate(row):
+                if g is not None:
+                    stored = oracle.quantize(expected.exp_avgs[rank][t])
+                    expected.exp_avgs[rank][t] = oracle.dequantize(*stored)
+    options = {**vote, "exchange": exchange, "seed": 7, "momentum_dtype": "int8"}
+    for params, exp_avgs, _ in worlds(3).run(train, 4, torch.float32, options):
+        assert {m.dtype for m in exp_avgs} == {torch.int8}
+        for t, p in enumerate(params):
+            np.testing.assert_array_equal(p.flatten().numpy(), expected.params[t])
 
 
 def grow_and_freeze(rank):

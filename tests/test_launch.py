@@ -211,7 +211,7 @@ def gpu_dispatch():
     library._destroy()
 
 
-def lion_run():
+def lion_run(momentum_dtype):
     """Parameters and momenta after steps of Lion over odd layouts, dtypes and groups."""
     gen = generator(0)
     shapes = ((30, 20), (7,), (), (0,), (5, 3, 4, 4))
@@ -219,13 +219,13 @@ def lion_run():
     params.append(torch.nn.Parameter(torch.randn(6, 50, generator=gen).t()))
     params.append(torch.nn.Parameter(torch.randn(40, generator=gen).to(torch.bfloat16)))
     groups = [{"params": params[:3], "lr": 0.02}, {"params": params[3:], "maximize": True}]
-    opt = Lion(groups, lr=0.01, betas=(0.8, 0.95), weight_decay=0.3, momentum_dtype=torch.float32)
+    opt = Lion(groups, lr=0.01, betas=(0.8, 0.95), weight_decay=0.3, momentum_dtype=momentum_dtype)
     for i in range(4):
         for p in params:
             p.grad = torch.randn(p.shape, generator=gen).to(p.dtype)
         params[i].grad = None
         opt.step()
-    return [p.detach().clone() for p in params] + [opt.state[p]["exp_avg"] for p in params]
+    return [p.detach().clone() for p in params] + [t for p in params for t in opt.state[p].values()]
 
 
 def vote_run(**options):
@@ -239,7 +239,7 @@ def vote_run(**options):
     return [p for rank in world.params + world.exp_avgs for p in rank]
 
 
-RUNS = [lion_run] + [
+RUNS = [functools.partial(lion_run, kind) for kind in ("float32", "int8")] + [
     functools.partial(vote_run, aggregation=a, ballots=b, ties=t, exchange=e)
     for a, b, t, e in (
         ("majority", "binary", "zero", "sharded"),
@@ -260,7 +260,7 @@ def test_optimizers_take_the_same_path_on_either_kernels(request, run):
 
 
 def test_dispatch_really_changes(gpu_dispatch, counts):
-    lion_run()
+    lion_run("float32")
     assert counts["launch"] > 0
 
 

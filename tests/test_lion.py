@@ -444,6 +444,84 @@ def test_bitsandbytes_itself(name):
     assert error < (1e-6 if name == "Lion" else 0.02)
 
 
+def build(library, params, **options):
+    """Another library's Lion, named as export_state_dict names it."""
+    if library.startswith("bitsandbytes"):
+        module = pytest.importorskip("bitsandbytes").optim
+        return (module.Lion8bit if library.endswith("8bit") else module.Lion)(params, **options)
+    return pytest.importorskip(library.replace("-", "_")).Lion(params, **options)
+
+
+@pytest.mark.parametrize("momentum_dtype", [None, "int8"])
+@pytest.mark.parametrize("library", ["lion-pytorch", "optimi", "bitsandbytes", "bitsandbytes-8bit"])
+def test_a_run_goes_on_in_another_library(library, momentum_dtype):
+    """Three steps here, three there, as six here; with the options that were set here."""
+    params = parameters((80, 70), (10,))
+    ours = Lion(params, **OPTIONS, momentum_dtype=momentum_dtype)
+    for step in range(3):
+        set_grads(params, step)
+        ours.step()
+    twins = copy.deepcopy(params)
+    theirs = build(library, twins, lr=1.0)
+    theirs.load_state_dict(ours.export_state_dict(library))
+    for step in range(3, 6):
+        set_grads(params, step)
+        set_grads(twins, step)
+        ours.step()
+        theirs.step()
+    is_exact = momentum_dtype is None and library != "bitsandbytes-8bit"
+    apart = [(p - q).detach().abs() > OPTIONS["lr"] / 2 for p, q in zip(params, twins, strict=True)]
+    assert torch.cat([a.flatten() for a in apart]).float().mean() <= (0 if is_exact else 0.06)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_optimi_keeps_an_exported_momentum(dtype):
+    """Of a plain state it clears the momentum in its first step: the compensation is missing."""
+    optimi = pytest.importorskip("optimi")
+    (p,) = parameters((300,))
+    p.data = p.data.to(dtype)
+    ours = Lion([p], **OPTIONS)
+    p.grad = torch.ones_like(p)
+    ours.step()
+    for state, kept in ((ours.state_dict(), False), (ours.export_state_dict("optimi"), True)):
+        twin = torch.nn.Parameter(p.detach().clone())
+        theirs = optimi.Lion([twin], lr=1e-2, weight_decay=0.0)
+        if not kept:
+            state["param_groups"] = theirs.state_dict()["param_groups"]
+        theirs.load_state_dict(copy.deepcopy(state))
+        twin.grad = torch.zeros_like(twin)
+        theirs.step()
+        assert theirs.state[twin]["exp_avg"].bool().all().item() == kept
+
+
+def test_exports_by_layout():
+    """What no library here can check: keys and values of each layout."""
+    params = parameters((64, 100), (10,))
+    opt = Lion(params, **OPTIONS, momentum_dtype="bfloat16", independent_weight_decay=True)
+    set_grads(params, 0)
+    opt.step()
+    momenta = [opt.state[p]["exp_avg"].float() for p in params]
+    for library in ("google", "timm", "lion-pytorch"):
+        state = opt.export_state_dict(library)
+        (group,) = state["param_groups"]
+        assert (group["lr"], group["betas"], group["params"]) == (0.01, (0.8, 0.95), [0, 1])
+        assert group["weight_decay"] == OPTIONS["weight_decay"] / 0.01
+        for i, m in enumerate(momenta):
+            assert set(state["state"][i]) == {"exp_avg"}
+            assert bits_equal(state["state"][i]["exp_avg"], m)
+    assert state["state"][0]["exp_avg"].data_ptr() != opt.state[params[0]]["exp_avg"].data_ptr()
+    pytest.importorskip("bitsandbytes")
+    state = opt.export_state_dict("bitsandbytes-8bit")["state"]
+    assert set(state[1]) == {"step", "state1"}  # too small for 8 bits there
+    assert state[0]["state1"].dtype == torch.uint8 and state[0]["absmax1"].shape == (25,)
+    again = Lion(params)
+    again.load_state_dict({"state": state, "param_groups": [{"params": [0, 1]}]})
+    error = (again.state[params[0]]["exp_avg"] - momenta[0]).norm() / momenta[0].norm()
+    assert error < 0.02 and bits_equal(again.state[params[1]]["exp_avg"], momenta[1])
+    with pytest.raises(ValueError, match="library must be one of lion-pytorch, google"):
+        opt.export_state_dict("adam")
+
+
 @pytest.mark.parametrize("change", ["shape", "lr"])
 def test_a_bad_state_changes_nothing(change):
     params = parameters((6,))
@@ -684,7 +762,10 @@ def test_in_a_compiled_training_step(tensor_lr):
     assert not [reason for reason in counters["graph_break"] if "lion.py" in reason]
 
 
-@pytest.mark.parametrize("options", [{}, {"rounding": "compensated"}, {"rounding": "stochastic"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rounding": "compensated"}, {"rounding": "stochastic"}, {"momentum_dtype": "int8"}],
+)
 def test_distributed_checkpoint_of_a_plain_model(tmp_path, options):
     """torch.distributed.checkpoint, one process: the resumed run takes the same path."""
     import torch.distributed.checkpoint as dcp

@@ -42,9 +42,10 @@ def store_momentum(
         finite = tl.abs(m) < float("inf")
         size = tl.reshape(tl.where(finite, tl.abs(m), 0.0), (TILE // BLOCK, BLOCK))
         scale = tl.max(size, 1)
+        tl.store(scale_ptr, scale, mask=first < left)
+        # The roots of all float32, subnormals too, are normal numbers: nothing here can overflow.
         root = tl.sqrt_rn(tl.where(scale > 0, scale, 1.0))
         steps = tl.div_rn(STEPS + tl.zeros_like(root), root)
-        tl.store(scale_ptr, scale, mask=first < left)
         q = (tl.sqrt_rn(size) * steps[:, None] + WHOLE) - WHOLE
         q = tl.reshape(q, (TILE // 32, 32))
         m = tl.where(finite, tl.where(m < 0, -q, q), NOT_FINITE)
