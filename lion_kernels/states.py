@@ -137,7 +137,7 @@ def compensation(state: dict[str, Tensor], p: Tensor) -> Tensor:
 
 def check_scales(q: Tensor, scales: Tensor, where: str) -> None:
     """The largest element of a block is +-127: scales that are not those of ``q`` are noticed."""
-    sizes = q.as_strided((q.numel(),), (1,)).long().abs() % 128  # -128: was not finite
+    sizes = q.as_strided((q.numel(),), (1,)).abs()  # of -128 in int8: -128
     blocks = torch.nn.functional.pad(sizes, (0, -q.numel() % MOMENTUM_BLOCK))
     top = blocks.view(-1, MOMENTUM_BLOCK).amax(1) if q.numel() > 0 else scales
     if scales.dtype != torch.float32 or not torch.equal(top == 127, scales > 0):

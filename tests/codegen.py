@@ -82,6 +82,8 @@ def compile_one(task):
     kernel, config = KERNELS[room]
     if not constants.get("PLAIN", True):
         config = launch.STEP_WITH_OPTIONS
+    elif room == "encode" and constants["CAUTIOUS"]:
+        config = launch.ENCODE_WITH_OPTIONS
     signature = {
         p.name: "constexpr" if p.name in constants else p.annotation_type or TYPES[p.name]
         for p in kernel.params

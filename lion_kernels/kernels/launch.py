@@ -46,6 +46,8 @@ STEP = Config(block=2048, num_warps=8, registers=64)
 # Skipping or cautious: at 64, bfloat16 with compensated rounding spills 8 bytes on sm_90.
 STEP_WITH_OPTIONS = Config(block=2048, num_warps=8, registers=80)
 ENCODE = Config(block=2048, num_warps=8, registers=64)
+# Cautious: at 64, int8 momenta spill 8 to 24 bytes on sm_80.
+ENCODE_WITH_OPTIONS = Config(block=2048, num_warps=8, registers=80)
 APPLY = Config(block=2048, num_warps=8, registers=64)
 
 
@@ -276,8 +278,9 @@ def encode(
     coin_key = _signed(mix64(mix64(seed) ^ rank))
     scale_address = _address(grad_scale, "grad_scale", device)
     found_inf_address = _address(found_inf, "found_inf", device)
+    config = ENCODE_WITH_OPTIONS if cautious else ENCODE
     with _on(device):
-        found = tables(key, ENCODE.block, device, launches, flag_words)
+        found = tables(key, config.block, device, launches, flag_words)
         shards, planes, words_per_shard = ballot.shape
         for i, ((g_dtype, m_dtype), table) in enumerate(found):
             # The first launch has a program more for each shard, which writes its flags.
@@ -289,7 +292,7 @@ def encode(
                 flags.shape[1], table.n_tiles, scale_address, found_inf_address,
                 G=TRITON_DTYPES[g_dtype], M=TRITON_DTYPES[m_dtype], TERNARY=planes == 2,
                 CAUTIOUS=cautious,
-                BLOCK=ENCODE.block, **options(ENCODE),
+                BLOCK=config.block, **options(config),
             )  # fmt: skip
 
 
