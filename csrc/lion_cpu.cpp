@@ -131,7 +131,7 @@ struct Item {
 
 // Calls visit(segment, momentum, its dtype) for the elements of a run. An int8 momentum becomes
 // float32 for the length of a chunk, which stays in the nearest cache.
-template <class Visit>
+template <bool kWrite = true, class Visit>
 void for_each_chunk(const RowKernels& kernels, const Item& item, const Segment& run, Visit visit) {
   if (item.exp_avg_dtype != kInt8)
     return visit(run, advance(item.exp_avg, run.offset * item.exp_avg_size), item.exp_avg_dtype);
@@ -142,7 +142,7 @@ void for_each_chunk(const RowKernels& kernels, const Item& item, const Segment& 
     float* scales = item.scales + chunk.offset / kBlock;
     kernels.dequantize(q, scales, chunk.count, m);
     visit(chunk, static_cast<void*>(m), kFloat32);
-    kernels.quantize(m, chunk.count, q, scales);
+    if (kWrite) kernels.quantize(m, chunk.count, q, scales);
   }
 }
 
@@ -220,13 +220,71 @@ void check_room(int64_t n_words, const at::Tensor& planes, const char* name) {
                     " words a plane, the tensors need ", n_words);
 }
 
+// The gradients and momenta of a list, each pair in one device and memory layout.
+std::vector<Item> pairs_of(at::TensorList grads, at::TensorList exp_avgs,
+                           const OptionalTensors& scales, WordSpace& space) {
+  TORCH_CHECK_VALUE(grads.size() == exp_avgs.size(),
+                    "grads and exp_avgs must have equal lengths, got ", grads.size(), " and ",
+                    exp_avgs.size());
+  std::vector<Item> items;
+  items.reserve(grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const at::Tensor &g = grads[i], &m = exp_avgs[i];
+    const auto index = static_cast<int64_t>(i);
+    check_dense(g, "grads", index);
+    check_exp_avg(m, index, g);
+    items.push_back({nullptr, g.const_data_ptr(), m.data_ptr(), g.numel(),
+                     static_cast<int64_t>(g.element_size()), static_cast<int64_t>(m.element_size()),
+                     dtype_of(g, "grads", index), momentum_dtype_of(m, index), nullptr,
+                     scales_of(m, index, exp_avgs.size(), scales)});
+    space.append(g.numel());
+  }
+  return items;
+}
+
+void check_agreeing(const at::Tensor& agreeing, size_t n_tensors) {
+  TORCH_CHECK_VALUE(agreeing.scalar_type() == at::kLong && agreeing.dim() == 1 &&
+                        agreeing.size(0) == static_cast<int64_t>(n_tensors) &&
+                        agreeing.is_contiguous(),
+                    "agreeing must be contiguous int64 of shape [", n_tensors, "], got ",
+                    agreeing.scalar_type(), " of shape ", agreeing.sizes());
+}
+
+void count_agreeing(at::TensorList grads, at::TensorList exp_avgs, const at::Tensor& agreeing,
+                    double beta1, bool maximize, const std::optional<at::Tensor>& grad_scale,
+                    const OptionalTensors& scales) {
+  WordSpace space;
+  const std::vector<Item> items = pairs_of(grads, exp_avgs, scales, space);
+  check_agreeing(agreeing, items.size());
+  const LionScalars scalars = scalars_of(beta1, 0.0, 0.0, 0.0, maximize, grad_scale);
+  const RowKernels& kernels = rows();
+  std::vector<std::atomic<int64_t>> counts(items.size());
+  space.for_each_run([&](size_t t, int64_t begin, int64_t end) {
+    const Item& item = items[t];
+    const Segment run = segment_of(space, t, begin, end, item.numel);
+    for_each_chunk<false>(kernels, item, run, [&](const Segment& s, void* m, DType m_dtype) {
+      counts[t] += kernels.agree[item.dtype][m_dtype](advance(item.grad, s.offset * item.data_size),
+                                                      m, s.count, scalars);
+    });
+  });
+  for (size_t t = 0; t < items.size(); ++t) agreeing.data_ptr<int64_t>()[t] += counts[t];
+}
+
+// What cautious updates are multiplied by: elements over those that agree (and one).
+float rescale_of(const std::optional<at::Tensor>& agreeing, size_t t, int64_t numel) {
+  if (!agreeing.has_value()) return 1.0f;
+  const int64_t count = agreeing->const_data_ptr<int64_t>()[t];
+  return static_cast<float>(numel) / static_cast<float>(count + 1);
+}
+
 void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                const at::Tensor& lr, double beta1, double beta2, double weight_decay, bool maximize,
                const std::optional<at::Tensor>& nonfinite,
                const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf, c10::string_view rounding_name,
                const OptionalTensors& lows, int64_t seed, const std::optional<at::Tensor>& step,
-               bool cautious, bool cautious_decay, const OptionalTensors& scales) {
+               bool cautious, bool cautious_decay, const OptionalTensors& scales,
+               const std::optional<at::Tensor>& agreeing) {
   const Rounding rounding = rounding_of(rounding_name);
   check_rounding(rounding, lows, params.size(), step);
   TORCH_CHECK_VALUE(params.size() == grads.size() && params.size() == exp_avgs.size(),
@@ -251,6 +309,10 @@ void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_a
                      scales_of(m, index, exp_avgs.size(), scales)});
     space.append(p.numel());
   }
+  if (agreeing.has_value()) {
+    TORCH_CHECK_VALUE(cautious, "agreeing rescales a cautious update, got cautious=False");
+    check_agreeing(*agreeing, items.size());
+  }
   const uint64_t key = rounding_key(rounding, seed, step);
   LionScalars scalars =
       scalars_of(beta1, beta2, scalar_value(lr, "lr"), weight_decay, maximize, grad_scale);
@@ -264,11 +326,13 @@ void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_a
   space.for_each_run([&](size_t t, int64_t begin, int64_t end) {
     const Item& item = items[t];
     const Segment run = segment_of(space, t, begin, end, item.numel);
+    LionScalars own = scalars;
+    own.lr *= rescale_of(agreeing, t, item.numel);
     for_each_chunk(kernels, item, run, [&](const Segment& s, void* m, DType m_dtype) {
       const int64_t n = steps[item.dtype][m_dtype](
           advance(item.data, s.offset * item.data_size),
           advance(item.grad, s.offset * item.data_size), m,
-          advance(item.low, s.offset * item.data_size), s.count, scalars,
+          advance(item.low, s.offset * item.data_size), s.count, own,
           RoundingRun{key, static_cast<uint64_t>(space.first[t] + s.offset / kBitsPerWord)});
       if (n != 0) skipped += n;
     });
@@ -441,6 +505,7 @@ void apply(at::TensorList params, const at::Tensor& verdict, const at::Tensor& p
 
 TORCH_LIBRARY_IMPL(lion_kernels, CPU, m) {
   m.impl("lion_step", lion_step);
+  m.impl("count_agreeing", count_agreeing);
   m.impl("encode", encode);
   m.impl("apply", apply);
 }

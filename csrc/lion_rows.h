@@ -91,6 +91,25 @@ int64_t encode_row(const void* g_data, void* m_data, int64_t n, const LionScalar
   return nonfinite;
 }
 
+template <class G, class M>
+int64_t agree_row(const void* g_data, const void* m_data, int64_t n, const LionScalars& scalars) {
+  const Moments moments(scalars);
+  int64_t agreeing = 0;
+  for_each_word(
+      n,
+      [&](int64_t, uint32_t, const G* g_word, const M* m_word) {
+        for (int j = 0; j < kVecs; ++j) {
+          const Vec g = load(g_word + j * Vec::kLanes), m = load(m_word + j * Vec::kLanes);
+          const Vec c = moments.update(g, m);
+          uint32_t up = positive(c), down = negative(c);
+          keep_agreeing(scalars, g, up, down);
+          agreeing += __builtin_popcount(up | down);
+        }
+      },
+      static_cast<const G*>(g_data), static_cast<const M*>(m_data));
+  return agreeing;
+}
+
 template <bool kPlain, int kRounding, class P, class M>
 int64_t step_row(void* p_data, const void* g_data, void* m_data, void* low_data, int64_t n,
                  const LionScalars& scalars, const RoundingRun& rounding) {

@@ -32,10 +32,12 @@ inline void copy_back(const T*, const T*, size_t) {}
   {encode_row<cautious, G, float>, encode_row<cautious, G, BF16>, encode_row<cautious, G, F16>}
 #define LION_ENCODES(cautious) \
   {LION_ENCODE(cautious, float), LION_ENCODE(cautious, BF16), LION_ENCODE(cautious, F16)}
+#define LION_AGREE(G) {agree_row<G, float>, agree_row<G, BF16>, agree_row<G, F16>}
 
 const RowKernels kRows = {
     LION_SIMD_NAME,
     {LION_ENCODES(false), LION_ENCODES(true)},
+    {LION_AGREE(float), LION_AGREE(BF16), LION_AGREE(F16)},
     {LION_STEPS(true), LION_STEPS(false)},
     {{LION_APPLIES(false, kNearest), LION_APPLIES(false, kStochastic),
       LION_APPLIES(false, kCompensated)},

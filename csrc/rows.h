@@ -70,6 +70,8 @@ struct TallyRows {
 // elements that were skipped because c was not finite.
 using EncodeFn = int64_t (*)(const void* g, void* m, int64_t n, const LionScalars&,
                              const BallotRun&);
+// Elements where the sign of c is that of the gradient.
+using AgreeFn = int64_t (*)(const void* g, const void* m, int64_t n, const LionScalars&);
 // low: what the storage type of p dropped, compensated rounding only.
 using StepFn = int64_t (*)(void* p, const void* g, void* m, void* low, int64_t n,
                            const LionScalars&, const RoundingRun&);
@@ -82,6 +84,7 @@ using TallyFn = void (*)(const TallyRows&, int64_t begin, int64_t end);
 struct RowKernels {
   const char* name;
   EncodeFn encode[2][kNumDTypes][kNumDTypes];             // [cautious][gradient][momentum]
+  AgreeFn agree[kNumDTypes][kNumDTypes];                  // [gradient][momentum]
   StepFn step[2][kNumRoundings][kNumDTypes][kNumDTypes];  // [not plain]..[parameter][momentum]
   ApplyFn apply[2][kNumRoundings][kNumDTypes];            // [cautious decay]..
   DequantizeFn dequantize;

@@ -26,7 +26,8 @@ except ImportError as error:
 # `rounding`: "nearest"; "stochastic", random bits from (seed, step, element); "compensated", where
 # lows[i] keeps what parameter i drops: int16 for bfloat16, float16 for float16, not read otherwise.
 # What writes parameters ends the step: it adds 1 to `step`. `cautious`: a sign that is not the
-# gradient's is 0. `cautious_decay`: weights decay only where that is the update's direction.
+# gradient's is 0; with `agreeing`, a tensor's other updates are multiplied by its elements over
+# (agreeing + 1). `cautious_decay`: weights decay only where that is the update's direction.
 # Where exp_avgs[i] is int8, scales[i] holds a float32 for every 128 elements of its storage:
 # reference.quantize.
 SCHEMAS = {
@@ -36,7 +37,10 @@ SCHEMAS = {
     "float beta1, float beta2, float weight_decay, bool maximize, Tensor(c!)? nonfinite=None, "
     "Tensor? grad_scale=None, Tensor? found_inf=None, str rounding='nearest', "
     "Tensor(d!)[]? lows=None, int seed=0, Tensor(e!)? step=None, bool cautious=False, "
-    "bool cautious_decay=False, Tensor(f!)[]? scales=None) -> ()",
+    "bool cautious_decay=False, Tensor(f!)[]? scales=None, Tensor? agreeing=None) -> ()",
+    # agreeing: int64 (tensors,); adds how many elements of each have sign(c) = sign(g), not 0.
+    "count_agreeing": "(Tensor[] grads, Tensor[] exp_avgs, Tensor(a!) agreeing, float beta1, "
+    "bool maximize, Tensor? grad_scale=None, Tensor[]? scales=None) -> ()",
     # ballot: (shards, 1 or 2 planes, words); flags: (shards, flag words), one bit a tensor. A None
     # gradient abstains.
     "encode": "(Tensor?[] grads, Tensor(a!)[] exp_avgs, Tensor(b!) ballot, Tensor(c!) flags, "
@@ -207,6 +211,7 @@ def check_lion_step(
     cautious: bool = False,
     cautious_decay: bool = False,
     scales: Sequence[Tensor] | None = None,
+    agreeing: Tensor | None = None,
 ) -> None:
     _check_pairs(grads, params, "grads", "params")
     _check_pairs(exp_avgs, params, "exp_avgs", "params")
@@ -218,6 +223,34 @@ def check_lion_step(
     check_one(lr, "lr")
     _check_amp(grad_scale, found_inf)
     _check_rounding(rounding, lows, params, step)
+    if agreeing is not None:
+        _rule(cautious, "agreeing rescales a cautious update, got cautious=False")
+        _check_agreeing(agreeing, len(params))
+
+
+def _check_agreeing(agreeing: Tensor, n_tensors: int) -> None:
+    _rule(
+        agreeing.dtype == torch.int64 and agreeing.shape == (n_tensors,),
+        f"agreeing must be contiguous int64 of shape [{n_tensors}], got {agreeing.dtype} of shape "
+        f"{list(agreeing.shape)}",
+    )
+    _rule(agreeing.is_contiguous(), "agreeing must be contiguous")
+
+
+def check_count_agreeing(
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    agreeing: Tensor,
+    beta1: float,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    scales: Sequence[Tensor] | None = None,
+) -> None:
+    _check_pairs(grads, exp_avgs, "grads", "exp_avgs")
+    _check_storage(grads, "grads")
+    _check_momenta(exp_avgs, scales)
+    _check_agreeing(agreeing, len(grads))
+    _check_amp(grad_scale, None)
 
 
 def check_encode(
@@ -313,6 +346,7 @@ def check_apply(
 
 CHECKS = {
     "lion_step": check_lion_step,
+    "count_agreeing": check_count_agreeing,
     "encode": check_encode,
     "tally": check_tally,
     "elect": check_elect,

@@ -81,7 +81,9 @@ class Lion(Optimizer):
             w / initial lr without it. The initial lr is the group's at construction, kept as its
             "reference_lr".
         cautious: leave weights whose update has not the sign of their gradient: sign(c) is 0
-            where sign(c) != sign(g) (Liang et al. 2024, arXiv:2411.16085, without the rescale).
+            where sign(c) != sign(g) (Liang et al. 2024, arXiv:2411.16085). True: the others move
+            by lr as always; "rescaled": by lr times n / (1 + those that move) of each tensor's n,
+            as in the paper, which takes another pass over gradients and momenta.
         cautious_weight_decay: decay only where sign(c) * p >= 0, so that decay never works
             against the update (Chen et al. 2025, arXiv:2510.12402).
         fused_backward: step each parameter from a hook, as soon as backward has its gradient, and
@@ -113,7 +115,7 @@ class Lion(Optimizer):
         rounding: str = "nearest",
         nonfinite: str = "propagate",
         independent_weight_decay: bool = False,
-        cautious: bool = False,
+        cautious: bool | str = False,
         cautious_weight_decay: bool = False,
         fused_backward: bool = False,
         seed: int = 0,
@@ -199,6 +201,11 @@ class Lion(Optimizer):
                 raise ValueError(
                     f"all parameters of a group must be on one device: {self._label(group, i)} is "
                     f"on {p.device}, the first on {group['params'][0].device}"
+                )
+            if group["cautious"] == "rescaled" and states.is_distributed(p):
+                raise ValueError(
+                    'cautious="rescaled" counts whole tensors: '
+                    f"{self._label(group, i)} is a DTensor"
                 )
             if self._votes and states.is_distributed(p):
                 raise ValueError(
@@ -356,6 +363,18 @@ class Lion(Optimizer):
         self._check_grad(group, index)
         self._step_group({**group, "params": [p]})
 
+    def _agreeing(self, group: dict[str, Any], batch: Batch) -> Tensor | None:
+        """Of each tensor, the elements that a rescaled cautious update moves."""
+        if group["cautious"] != "rescaled":
+            return None
+        device = batch.params[0].device
+        counts = torch.zeros(len(batch.params), dtype=torch.int64, device=device)
+        torch.ops.lion_kernels.count_agreeing(
+            batch.grads, batch.exp_avgs, counts, group["betas"][0], group["maximize"],
+            self._amp(device)[0], batch.scales,
+        )  # fmt: skip
+        return counts
+
     def _step_group(self, group: dict[str, Any]) -> None:
         batch = self._batch(group)
         if batch.params:
@@ -374,9 +393,10 @@ class Lion(Optimizer):
                 batch.lows,
                 self.seed,
                 group.get("step"),
-                group["cautious"],
+                bool(group["cautious"]),
                 group["cautious_weight_decay"],
                 batch.scales,
+                self._agreeing(group, batch),
             )
             batch.write_back()
 

@@ -41,6 +41,8 @@ def check_options(group: dict[str, Any]) -> None:
     for name, choices in CHOICES.items():
         if group[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {group[name]!r}")
+    if group["cautious"] not in (False, True, "rescaled"):
+        raise ValueError(f'cautious must be False, True or "rescaled", got {group["cautious"]!r}')
     if group["independent_weight_decay"]:
         # Not "initial_lr": that key belongs to torch's schedulers.
         if "reference_lr" not in group:  # read once: a tensor may lie on a device

@@ -135,13 +135,16 @@ def lion_step(
     cautious: bool = False,
     cautious_decay: bool = False,
     scales: Sequence[Tensor] | None = None,
+    agreeing: Tensor | None = None,
 ) -> None:
     """c = beta1 * m + (1 - beta1) * g;  m = beta2 * m + (1 - beta2) * g;
     p = p * (1 - lr * weight_decay) - lr * sign(c), with sign(NaN) = NaN. Cautious: a sign that is
-    not g's is 0. Cautious decay: no decay where sign(c) * p < 0."""
+    not g's is 0; with ``agreeing``, the update is multiplied by elements / (agreeing + 1). Cautious
+    decay: no decay where sign(c) * p < 0."""
     _ops.check_lion_step(
         params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite, grad_scale,
         found_inf, rounding, lows, seed, step, cautious, cautious_decay, scales,
+        agreeing,
     )  # fmt: skip
     if _is_set(found_inf):
         return
@@ -153,10 +156,13 @@ def lion_step(
         next_m = _interpolate(m, g, beta2, maximize, grad_scale)
         sign = _cautious(c.sign(), g, maximize) if cautious else c.sign()
         sign = torch.where(c.isnan(), c, sign)
-        p = put.parameter(i)
-        next_p = _fma(p, decay, -_f32(lr.item()) * sign)
+        p, step_size = put.parameter(i), _f32(lr.item())
+        if agreeing is not None:
+            factor = _f32(p.numel()) / _f32(int(agreeing[i]) + 1)
+            step_size = _f32(step_size * _f32(factor))
+        next_p = _fma(p, decay, -step_size * sign)
         if cautious_decay:
-            next_p = torch.where(sign * p < 0, _fma(p, 1.0, -_f32(lr.item()) * sign), next_p)
+            next_p = torch.where(sign * p < 0, _fma(p, 1.0, -step_size * sign), next_p)
         if nonfinite is not None:
             skip = ~c.isfinite()
             nonfinite += skip.sum()
@@ -166,6 +172,24 @@ def lion_step(
         _write(exp_avg, i, scales, next_m)
     if step is not None:
         step += 1
+
+
+def count_agreeing(
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    agreeing: Tensor,
+    beta1: float,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    scales: Sequence[Tensor] | None = None,
+) -> None:
+    """Adds to agreeing[i] the elements of tensor i where sign(c) is g's, as g is descended."""
+    _ops.check_count_agreeing(
+        grads, exp_avgs, agreeing, beta1, maximize, grad_scale, scales
+    )  # fmt: skip
+    for i, (g, exp_avg) in enumerate(zip(grads, exp_avgs, strict=True)):
+        c = _interpolate(_read(exp_avg, i, scales), g, beta1, maximize, grad_scale)
+        agreeing[i] += (_cautious(c.sign(), g, maximize).abs() == 1).sum()
 
 
 def encode(

@@ -27,6 +27,7 @@ MOMENTA = {**DTYPES, "int8": torch.int8}
 # What the launchers pass, where the kernel does not say it itself.
 TYPES = {
     "table_ptr": "*i64", "tile_rows_ptr": "*i32", "nonfinite_ptr": "*i64", "step_ptr": "*i64",
+    "agreeing_ptr": "*i64",
     "ballot_ptr": "*i32", "flags_ptr": "*i32", "flag_source_ptr": "*i64", "verdict_ptr": "*i32",
     "presence_ptr": "*i32", "beta1": "fp32", "beta2": "fp32",
 }  # fmt: skip
@@ -53,6 +54,9 @@ def variants():
         )  # fmt: skip
         if rounding != "nearest":
             continue
+        if not flag:
+            constants = {"G": p_type, "M": m_type, "BLOCK": launch.AGREEING.block}
+            yield "agreeing", types, constants, (g_size, m_size), ()
         for cautious in (False, True):
             constants = {"G": p_type, "M": m_type, "TERNARY": flag, "CAUTIOUS": cautious}
             kind = ("ternary" if flag else "binary") + ", cautious" * cautious
@@ -71,6 +75,7 @@ def variants():
 
 KERNELS = {
     "step": (launch._step_kernel, launch.STEP),
+    "agreeing": (launch._agreeing_kernel, launch.AGREEING),
     "encode": (launch._encode_kernel, launch.ENCODE),
     "apply": (launch._apply_kernel, launch.APPLY),
 }

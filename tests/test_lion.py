@@ -723,6 +723,33 @@ def test_cautious_lion():
     torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"fused_backward": True}, {"momentum_dtype": "int8"}])
+def test_rescaled_cautious_lion(options):
+    """As the paper's authors write it, a tensor at a time."""
+    params, twins = parameters((300,), (40, 5), (3,)), parameters((300,), (40, 5), (3,))
+    opt = Lion(params, lr=1e-2, betas=(0.8, 0.95), weight_decay=0.3, cautious="rescaled", **options)
+    exp_avgs = [torch.zeros_like(p) for p in twins]
+    for step in range(4):
+        set_grads(twins, step)
+        sum((p * q.grad).sum() for p, q in zip(params, twins, strict=True)).backward()
+        opt.step()
+        opt.zero_grad()
+        for p, m in zip(twins, exp_avgs, strict=True):
+            u = (0.8 * m + 0.2 * p.grad).sign()
+            mask = (u * p.grad > 0).float()
+            u = u * mask * (mask.numel() / (mask.sum() + 1))
+            p.data.mul_(1 - 1e-2 * 0.3).sub_(1e-2 * u)
+            m.mul_(0.95).add_(p.grad, alpha=0.05)
+    apart = [(p - q).detach().abs() > 5e-3 for p, q in zip(params, twins, strict=True)]
+    share = torch.cat([a.flatten() for a in apart]).float().mean()
+    assert share <= (0.1 if "momentum_dtype" in options else 0)
+
+
+def test_bad_cautious():
+    with pytest.raises(ValueError, match="cautious must be False, True or \"rescaled\", got 'no'"):
+        Lion(parameters((3,)), cautious="no")
+
+
 @pytest.mark.parametrize("tensor_lr", [True, False])
 def test_in_a_compiled_training_step(tensor_lr):
     """The same path as eagerly; the step is one break between graphs, and a new lr no recompile."""

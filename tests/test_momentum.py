@@ -122,6 +122,22 @@ def test_encode(backend, shards, planes):
         assert torch.equal(q, before[i]) == (grads[i] is None or numels[i] < 2)
 
 
+def test_counting_those_that_agree(backend):
+    """A pass that reads int8 momenta and leaves them."""
+    gen = generator(12)
+    numels = (33, 5000, 129)
+    stored, grads = (
+        [momentum(n, gen) for n in numels],
+        [torch.randn(n, generator=gen) for n in numels],
+    )
+    before, counts = [q.clone() for q, _ in stored], torch.zeros(2, 3, dtype=torch.int64)
+    scales = [scale for _, scale in stored]
+    backend.count_agreeing(grads, [twin(*pair) for pair in stored], counts[0], 0.9, False)
+    backend.count_agreeing(grads, [q for q, _ in stored], counts[1], 0.9, False, scales=scales)
+    assert torch.equal(counts[0], counts[1]) and counts.all()
+    assert all(torch.equal(q, old) for (q, _), old in zip(stored, before, strict=True))
+
+
 def test_found_inf_changes_nothing(backend):
     q, scales = momentum(300, generator(2))
     before, p = (q.clone(), scales.clone()), torch.ones(300)

@@ -151,9 +151,14 @@ def voting(rank):
     DistributedLion(model.parameters())
 
 
+def rescaled(rank):
+    sharded({"cautious": "rescaled"})
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (rescaled, 'cautious="rescaled" counts whole tensors: parameter 0 of group 0'),
         (foreign_state, "the exp_avg of parameter 0 must be a DTensor that is cut as"),
         (voting, r"DistributedLion votes on plain tensors: parameter 0 of group 0 is a DTensor"),
     ],

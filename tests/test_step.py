@@ -162,6 +162,48 @@ def test_cautious(backend, cautious, cautious_decay, maximize):
     np.testing.assert_array_equal(array(m), stored(new_m, torch.float32))
 
 
+def rescaled(params, grads, exp_avgs, maximize=False):
+    """The paper's cautious update, d / (n + 1) times as long, of each tensor."""
+    out, counts = [], []
+    for p, g, m in zip(params, grads, exp_avgs, strict=True):
+        u = np.sign(oracle.interpolate(array(m), array(g), 0.5, maximize))
+        u = np.where(u == np.sign(array(g)) * (-1 if maximize else 1), u, 0)
+        counts.append(int(np.abs(u).sum()))
+        lr = np.float32(LR) * np.float32(np.float32(p.numel()) / np.float32(counts[-1] + 1))
+        decay = oracle.f32(1 - LR * WD)
+        step = np.float32(lr) * np.float32(u)
+        out.append(stored(np.float32(array(p) * decay - np.float64(step)), p.dtype))
+    return out, counts
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("m_dtype", STORAGE_DTYPES)
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+def test_rescaled_cautious(backend, dtype, m_dtype, maximize):
+    gen = generator(10)
+    numels = (3000, 1, 0, 8193, 40)
+    params = [torch.randn(n, generator=gen).to(dtype) for n in numels]
+    grads = [exact(n, gen, dtype) for n in numels]
+    exp_avgs = [exact(n, gen, m_dtype) for n in numels]
+    grads[4].zero_()  # no element agrees
+    expected, counts = rescaled(params, grads, exp_avgs, maximize)
+    momenta = [m.clone() for m in exp_avgs]
+    agreeing = torch.full((5,), 2, dtype=torch.int64)  # counts are added
+    backend.count_agreeing(grads, exp_avgs, agreeing, 0.5, maximize)
+    assert (agreeing - 2).tolist() == counts and 0 < counts[0] < 3000 and counts[4] == 0
+    assert all(bits_equal(a, b) for a, b in zip(exp_avgs, momenta, strict=True))
+    run(backend, params, grads, exp_avgs, maximize=maximize, cautious=True, agreeing=agreeing - 2)
+    for p, want_p in zip(params, expected, strict=True):
+        np.testing.assert_array_equal(array(p), want_p)
+
+
+def test_not_finite_does_not_agree(backend):
+    g, m, counts = torch.ones(70), torch.ones(70), torch.zeros(1, dtype=torch.int64)
+    g[3], m[40] = torch.nan, torch.nan
+    backend.count_agreeing([g], [m], counts, 0.9, False, torch.tensor([2.0]))
+    assert counts.item() == 68
+
+
 def test_cautious_and_not_finite(backend):
     p, g, m = torch.ones(6), torch.ones(6), torch.ones(6)
     g[0], g[1], g[2], m[3] = torch.nan, torch.inf, -torch.inf, torch.nan

@@ -22,7 +22,7 @@ def is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-TRITON_OPS = ("lion_step", "encode", "apply")
+TRITON_OPS = ("lion_step", "count_agreeing", "encode", "apply")
 CUDA_OPS = ("tally", "elect")
 
 

@@ -32,7 +32,7 @@ RUNTIME = (
     "inverse_scale",
     "words_per_shard", "shard_stride", "plane_stride", "n_planes", "n_ranks", "presence_stride",
     "flags_stride", "n_flag_words", "n_tiles", "rounding_key", "advance",
-    "skip", "cautious", "cautious_decay",
+    "skip", "cautious", "cautious_decay", "agreeing_address",
     "grad_scale_address", "found_inf_address",
 )  # fmt: skip
 

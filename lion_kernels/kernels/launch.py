@@ -17,7 +17,7 @@ from torch import Tensor
 from lion_kernels import _ops
 from lion_kernels.kernels.apply import _apply_kernel
 from lion_kernels.kernels.encode import _encode_kernel
-from lion_kernels.kernels.step import _step_kernel
+from lion_kernels.kernels.step import _agreeing_kernel, _step_kernel
 from lion_kernels.kernels.table import Launches, check_dense, identity, rows_by_dtypes, tables
 from lion_kernels.layout import pack_flags
 from lion_kernels.reference import ROUNDING_STREAM, mix64
@@ -47,6 +47,7 @@ STEP = Config(block=2048, num_warps=8, registers=64)
 STEP_WITH_OPTIONS = Config(block=2048, num_warps=8, registers=80)
 ENCODE = Config(block=2048, num_warps=8, registers=64)
 # Cautious: at 64, int8 momenta spill 8 to 24 bytes on sm_80.
+AGREEING = Config(block=2048, num_warps=8, registers=64)
 ENCODE_WITH_OPTIONS = Config(block=2048, num_warps=8, registers=80)
 APPLY = Config(block=2048, num_warps=8, registers=64)
 
@@ -183,6 +184,7 @@ def lion_step(
     cautious: bool = False,
     cautious_decay: bool = False,
     scales: Sequence[Tensor] | None = None,
+    agreeing: Tensor | None = None,
 ) -> None:
     """See reference.lion_step."""
     device = params[0].device if params else lr.device
@@ -191,6 +193,7 @@ def lion_step(
         _ops.check_lion_step(
             params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite,
             grad_scale, found_inf, rounding, lows, seed, step, cautious, cautious_decay, scales,
+            agreeing,
         )  # fmt: skip
         check_dense(params, "params", params)
         check_dense(grads, "grads", params)
@@ -201,11 +204,14 @@ def lion_step(
         return rows_by_dtypes(params, grads, exp_avgs, kept, used, (params, exp_avgs))
 
     tensors = identity(params, grads, exp_avgs, lows or (), scales or ())
-    key = ("lion_step", tensors, rounding, *_shapes(lr, grad_scale, found_inf, step))
+    scalars = _shapes(lr, grad_scale, found_inf, step, agreeing)
+    key = ("lion_step", tensors, rounding, *scalars)
     if nonfinite is not None:
         _check_place(nonfinite, "nonfinite", device, torch.int64)
     if step is not None:
         _check_place(step, "step", device, torch.int64)
+    if agreeing is not None:
+        _check_place(agreeing, "agreeing", device, torch.int64)
     complement1, complement2 = _complements(beta1, beta2, maximize)
     rate = _rate(lr, device)
     scale_address = _address(grad_scale, "grad_scale", device)
@@ -223,7 +229,7 @@ def lion_step(
                 *rate, _bits(weight_decay), beta1, complement1, beta2, complement2,
                 scale_address, found_inf_address, _rounding_key(seed),
                 int(i == 0 and in_kernel and step is not None), int(nonfinite is not None),
-                int(cautious), int(cautious_decay),
+                int(cautious), int(cautious_decay), 0 if agreeing is None else agreeing.data_ptr(),
                 P=TRITON_DTYPES[p_dtype], M=TRITON_DTYPES[m_dtype],
                 ROUNDING=_rounding_of(rounding, p_dtype),
                 PLAIN=is_plain,
@@ -231,6 +237,38 @@ def lion_step(
             )  # fmt: skip
         if step is not None and not in_kernel:
             _advance(step, found_inf)
+
+
+def count_agreeing(
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    agreeing: Tensor,
+    beta1: float,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    scales: Sequence[Tensor] | None = None,
+) -> None:
+    """See reference.count_agreeing."""
+    device = agreeing.device
+
+    def launches() -> Launches:
+        _ops.check_count_agreeing(grads, exp_avgs, agreeing, beta1, maximize, grad_scale, scales)
+        check_dense(grads, "grads", grads, device)
+        check_dense(exp_avgs, "exp_avgs", grads)
+        absent, used = [None] * len(grads), _used(exp_avgs, scales)
+        return rows_by_dtypes(absent, grads, exp_avgs, absent, used, (grads, exp_avgs))
+
+    tensors = identity((), grads, exp_avgs, (), scales or ())
+    key = ("count_agreeing", tensors, *_layouts(agreeing), *_shapes(grad_scale))
+    complement1, _ = _complements(beta1, 0.0, maximize)
+    scale_address = _address(grad_scale, "grad_scale", device)
+    with _on(device):
+        for (g_dtype, m_dtype), table in tables(key, AGREEING.block, device, launches):
+            _agreeing_kernel[(table.n_tiles,)](
+                table.rows, table.tile_rows, agreeing, beta1, complement1, scale_address,
+                G=TRITON_DTYPES[g_dtype], M=TRITON_DTYPES[m_dtype],
+                BLOCK=AGREEING.block, **options(AGREEING),
+            )  # fmt: skip
 
 
 def encode(
