@@ -1,9 +1,10 @@
 """The CPU bench: lion_kernels against its peers and against what the memory of this machine allows.
 
 Sections: `step`, one optimizer step on the 148 tensors of GPT-2 124M; `ops`, each op on one flat
-tensor against a plain loop with the same reads and writes; `tally`, the vote count against a copy;
-`memory`, the buffers of the vote. Each op is compared with lion_kernels.reference before it is
-timed. Ratios are medians of per-round ratios (timing.py says why). Timings are never asserted.
+tensor against a plain loop with the same reads and writes; `options`, what each option of Lion
+costs; `tally`, the vote count against a copy; `memory`, the buffers of the vote. Each op is
+compared with lion_kernels.reference before it is timed. Ratios are medians of per-round ratios
+(timing.py says why). Timings are never asserted.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import lion_kernels
 import timing
 from lion_kernels import reference
 from lion_kernels.exchange import Buffers
-from lion_kernels.layout import BallotLayout, words_of
+from lion_kernels.layout import MOMENTUM_BLOCK, BallotLayout, words_of
 from timing import Case, Result
 
 OPS = torch.ops.lion_kernels
@@ -206,13 +207,6 @@ def elementwise_cases(plain: ctypes.CDLL, dtype: torch.dtype, n: int) -> list[Ca
     step_args = ([p], [g], [m], LR, *SCALARS, False, None)
     pair("lion_step", OPS.lion_step, step_args, "read3_write2", [p, g, m], 0)
     flags = torch.zeros(1, 4, dtype=torch.int32)
-    if dtype != torch.float32:
-        low, counted = torch.zeros(n, dtype=torch.int16), torch.zeros((), dtype=torch.int64)
-        for rounding, lows in (("stochastic", None), ("compensated", [low])):
-            more = (None, None, rounding, lows, 0, counted)
-            # Beside the plain loop's bytes, compensated reads and writes `low`: a plane is 1/8.
-            pair(f"lion_step {rounding}", OPS.lion_step, (*step_args, *more), "read3_write2",
-                 [p, g, m, low], 32 if lows else 0)  # fmt: skip
     encode_args = ([g], [m], ballot, flags, *betas, False, 0, 0, STEP, counter)
     pair("encode", OPS.encode, encode_args, "read2_write1", [g, m], 1)
     for planes, verdict in ((1, ballot), (2, two_planes)):
@@ -229,6 +223,46 @@ def ops_section(how: timing.How, quick: bool) -> list[Result]:
         results += timing.measure(cases, how, "ops", timing.rate_ratio)
     print(timing.table(results, "of plain loop"))
     print("bytes an element: read plus written, one eighth for each plane of bits")
+    return results
+
+
+# Section options.
+
+# Options and the bytes that they take more than a float32 momentum does, an element.
+OPTIONS: dict[str, tuple[dict[str, object], float]] = {
+    "bfloat16 momentum": ({"momentum_dtype": "bfloat16"}, -4),
+    "int8 momentum": ({"momentum_dtype": "int8"}, -8 + 2 * (1 + 4 / MOMENTUM_BLOCK)),
+    "stochastic": ({"rounding": "stochastic"}, 0),
+    "compensated": ({"rounding": "compensated"}, 4),
+    "skip": ({"nonfinite": "skip"}, 0),
+    "cautious, both": ({"cautious": True, "cautious_weight_decay": True}, 0),
+    "cautious, rescaled": ({"cautious": "rescaled"}, 4),  # and the gradient once more
+}
+
+
+def options_section(how: timing.How, quick: bool) -> list[Result]:
+    n, results = 1_000_000 if quick else 64_000_000, []
+    print(f"\noptions: one step, one flat tensor of {n / 1e6:.0f}M elements, float32 momentum")
+    for dtype, kind in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        p = torch.nn.Parameter((0.02 * torch.randn(n)).to(dtype))
+        p.grad, size = (1e-3 * torch.randn(n)).to(dtype), dtype.itemsize
+        plain = f"Lion, {kind}"
+
+        def step(p: torch.nn.Parameter = p, **options: object) -> Callable[[], object]:
+            return lion_kernels.Lion(
+                [p], **{**SETTINGS, "momentum_dtype": "float32", **options}
+            ).step
+
+        cases = [Case(plain, step(), (3 * size + 8) * n)]
+        for name, (options, more) in OPTIONS.items():
+            if "rounding" in options and dtype == torch.float32:
+                continue  # float32 drops nothing
+            more += size if name.endswith("rescaled") else 0
+            n_bytes = int((3 * size + 8 + more) * n)
+            limit = {"stochastic": 1.1, "int8 momentum": 1.0}.get(name)
+            cases.append(Case(f"{name}, {kind}", step(**options), n_bytes, plain, limit=limit))
+        results += timing.measure(cases, how, f"options, {kind}", timing.time_ratio)
+    print(timing.table(results, "plain = 1"))
     return results
 
 
@@ -344,7 +378,7 @@ def plot(results: list[Result], head: dict[str, object], path: str) -> None:
     figure.savefig(path, dpi=160, bbox_inches="tight")
 
 
-SECTIONS = ("step", "ops", "tally", "memory")
+SECTIONS = ("step", "ops", "options", "tally", "memory")
 
 
 def arguments() -> argparse.Namespace:
@@ -384,6 +418,8 @@ def main() -> None:
             plot(results, head, args.plot)
     if "ops" in args.only:
         sections["ops"] = timing.rows_of(ops_section(*how))
+    if "options" in args.only:
+        sections["options"] = timing.rows_of(options_section(*how))
     if "tally" in args.only:
         sections["tally"] = timing.rows_of(tally_section(*how))
     if "memory" in args.only:

@@ -2,9 +2,9 @@
 
 Sections: `ops`, each op on one flat tensor; `tally`, the vote count; `lists`, many tensors against
 one flat tensor, called directly and replayed as a CUDA graph; `launches`, kernels and waits of a
-step; `step`, one step of several optimizers. `--tune` sweeps the launch configs of
-kernels/launch.py instead. Each op is compared with lion_kernels.reference before it is timed.
-`--dry-run` shows without a GPU that all of it runs; its times mean nothing.
+step; `step`, one step of several optimizers. Each op is compared with lion_kernels.reference before
+it is timed. `--dry-run` shows without a GPU that all of it runs; its times mean nothing. tune.py
+sweeps the launch configs.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import mean
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ import peers
 import timing
 from cpu import LR, SCALARS, SETTINGS, gpt2_shapes, random_ballots, random_words
 from lion_kernels.layout import BallotLayout
+from lion_kernels.reference import quantize
 from peers import KINDS, OURS, parameters
 from timing import Case, Report, Result
 
@@ -54,6 +54,9 @@ class Bench:
     @property
     def is_dry(self) -> bool:
         return self.device.type == "cpu"
+
+
+Section = Callable[[Bench, Report], None]
 
 
 def copy_case(n_bytes: int, device: torch.device) -> Case:
@@ -111,13 +114,19 @@ class Workload:
         self.device = device
         self.params = [torch.randn(shape, dtype=p_dtype, device=device) for shape in shapes]
         self.grads = [torch.randn_like(p) for p in self.params]
-        self.exp_avgs = [torch.randn_like(p, dtype=m_dtype) for p in self.params]
+        momenta = [torch.randn(shape, device=device) for shape in shapes]
+        self.scales = None
+        if m_dtype == torch.int8:
+            stored = [quantize(m) for m in momenta]
+            self.exp_avgs, self.scales = [q for q, _ in stored], [scale for _, scale in stored]
+        else:
+            self.exp_avgs = [m.to(m_dtype) for m in momenta]
         self.layout = BallotLayout(tuple(p.numel() for p in self.params), planes=1, shards=1)
         self.flags = torch.full((1, self.layout.flag_words), -1, dtype=torch.int32, device=device)
         self.step, self.counter = (
             torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2)
         )
-        self.sizes = p_dtype.itemsize, m_dtype.itemsize
+        self.sizes = p_dtype.itemsize, peers.momentum_bytes(kind)
         self._words: dict[int, Tensor] = {}
 
     def words(self, planes: int) -> Tensor:
@@ -131,12 +140,14 @@ class Workload:
         """What the op takes, and those of it that it writes."""
         if op == "lion_step":
             args = [self.params, self.grads, self.exp_avgs, LR, *SCALARS, False]
-            return args, [*self.params, *self.exp_avgs]
+            args += [None, None, None, "nearest", None, 0, None, False, False, self.scales]
+            return args, [*self.params, *self.exp_avgs, *(self.scales or ())]
         words = self.words(planes)
         if op == "encode":
             args = [self.grads, self.exp_avgs, words, self.flags, *SETTINGS["betas"], False, 0, 0]
-            args += [self.step, self.counter]
-            return args, [*self.exp_avgs, words, self.flags, self.counter]
+            args += [self.step, self.counter, None, None, False, self.scales]
+            written = [*self.exp_avgs, words, self.flags, self.counter]
+            return args, [*written, *(self.scales or ())]
         args = [self.params, words, self.flags, SCALES[planes], LR, SETTINGS["weight_decay"]]
         return [*args, self.step], [*self.params, self.step]
 
@@ -148,7 +159,7 @@ class Workload:
         p, m = self.sizes
         each = {"lion_step": 3 * p + 2 * m, "encode": p + 2 * m, "apply": 2 * p}[op]
         n = sum(self.layout.numels)
-        return each * n + planes * n // 8
+        return int(each * n) + planes * n // 8
 
     def case(self, ops: Any, op: str, planes: int, **rest: Any) -> Case:
         kind = {"encode": {1: ", binary", 2: ", ternary"}.get(planes), "lion_step": ""}
@@ -209,7 +220,8 @@ def ops_section(bench: Bench, report: Report) -> None:
     results, notes = [], []
     for n in bench.flat:
         for kind, (p_dtype, m_dtype) in KINDS.items():
-            if has_room((2 * p_dtype.itemsize + m_dtype.itemsize + 1) * n, bench):
+            # A momentum is drawn in float32 and then stored.
+            if has_room((2 * p_dtype.itemsize + m_dtype.itemsize + 5) * n, bench):
                 results += flat_shares(bench, n, kind)
             else:
                 notes.append(f"{kind}, {n:.0e}: left out, more than the free memory")
@@ -310,13 +322,14 @@ def launches_section(bench: Bench, report: Report) -> None:
 def step_section(bench: Bench, report: Report) -> None:
     results, notes = [], []
     for name, shapes in (("GPT-2", bench.gpt2), ("flat", [[bench.flat[0]]])):
-        for kind, (p_dtype, m_dtype) in KINDS.items():
+        for kind, (p_dtype, _) in KINDS.items():
             params = parameters(shapes, p_dtype, bench.device)
-            n, p, m = sum(x.numel() for x in params), p_dtype.itemsize, m_dtype.itemsize
+            n, p, m = sum(x.numel() for x in params), p_dtype.itemsize, peers.momentum_bytes(kind)
             # All update the same parameters from the same gradients: only states take memory.
             found, lines = peers.steps(params, kind, bench.is_dry)
-            n_bytes = dict.fromkeys(found, (3 * p + 2 * m) * n)  # Lion: reads p, g, m; writes p, m
-            n_bytes["torch AdamW, fused"] = (3 * p + 4 * m) * n
+            # Lion reads p, g, m and writes p, m.
+            n_bytes = dict.fromkeys(found, int((3 * p + 2 * m) * n))
+            n_bytes["torch AdamW, fused"] = int((3 * p + 4 * m) * n)
             label = f"{kind}, {name}"
             ours = f"{OURS}, {label}"
             cases = [
@@ -330,71 +343,7 @@ def step_section(bench: Bench, report: Report) -> None:
     report.add("step", timing.rows_of(results), title, timing.table(results, "ours = 1"), *notes)
 
 
-# --tune.
-
-ROOMS = {"lion_step": "STEP", "encode": "ENCODE", "apply": "APPLY"}
-# By elements a thread; others leave it too little to load at once, or too much to keep.
-REGISTERS = {4: (32, 64), 8: (32, 64), 16: (64, 128), 32: (128, 255)}
-
-
-def configs(shipped: Any, dry: bool) -> list[Any]:
-    """The one that launch.py has, and the grid."""
-    from lion_kernels.kernels import launch
-
-    grid = [
-        launch.Config(block, warps, registers)
-        for block in (1024, 2048, 4096, 8192)
-        for warps in (4, 8)
-        for registers in REGISTERS.get(block // (32 * warps), ())
-    ]
-    found = list(dict.fromkeys([shipped, *grid]))
-    return found[:2] if dry else found
-
-
-def tune(bench: Bench, report: Report) -> None:
-    """Shares of the copy's bytes/s for every launch config of every Triton kernel, best first."""
-    from lion_kernels.kernels import launch
-
-    flat = [[bench.flat[0]]]
-    places = [("flat", flat, "fp32"), ("flat", flat, "bf16"), ("GPT-2", bench.gpt2, "fp32")]
-    works = {
-        f"{kind}, {name}": Workload(shapes, kind, bench.device) for name, shapes, kind in places
-    }
-    for op, planes in PLAIN:
-        shipped, notes, right = getattr(launch, ROOMS[op]), [], []
-        use = partial(setattr, launch, ROOMS[op])
-        for config in configs(shipped, bench.is_dry):
-            use(config)
-            try:
-                wrong = [w for k in ("fp32", "bf16") for w in wrong_ops(bench, [(op, planes)], k)]
-            except Exception as error:  # a config that the compiler or the device refuses
-                wrong = [f"{type(error).__name__}: {str(error).strip()[:160]}"]
-            notes += [f"{config}: no time, {message}" for message in wrong]
-            right += [] if wrong else [config]
-        found: dict[Any, list[float]] = {config: [] for config in right}
-        for label, work in works.items():
-            call = work.call(bench.ops, op, planes)
-            n_bytes = work.n_bytes(op, planes)
-            cases = [
-                Case(str(c), lambda c=c, use=use, call=call: (use(c), call()), n_bytes)
-                for c in right
-            ]
-            for config, result in zip(right, shares(bench, label, cases)[1:], strict=True):
-                found[config].append(result.ratio)
-        use(shipped)
-        best = sorted(found, key=lambda config: -mean(found[config]))
-        rows = [
-            {"block": c.block, "num_warps": c.num_warps, "registers": c.registers}
-            | {label: round(share, 4) for label, share in zip(works, found[c], strict=True)}
-            | {"mean": round(mean(found[c]), 4), "shipped": c == shipped}
-            for c in best
-        ]
-        body = [row | {"shipped": "yes" if row["shipped"] else ""} for row in rows]
-        table = tabulate(body, headers="keys", floatfmt=".3f")
-        report.add(f"tune {ROOMS[op]}", rows, f"{op}: share of the copy's bytes/s", table, *notes)
-
-
-SECTIONS = {
+SECTIONS: dict[str, Section] = {
     "ops": ops_section,
     "tally": tally_section,
     "lists": lists_section,
@@ -403,13 +352,12 @@ SECTIONS = {
 }
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def arguments(sections: dict[str, Section], doc: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=21, help="timed rounds (default 21)")
     parser.add_argument(
-        "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections (default all)"
+        "--only", nargs="+", choices=sections, default=list(sections), help="sections (default all)"
     )
-    parser.add_argument("--tune", action="store_true", help="sweep the launch configs instead")
     parser.add_argument(
         "--save", action="store_true", help="write bench/results/gpu-<model>-<date>.json and .md"
     )
@@ -422,13 +370,14 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = arguments()
+def run(sections: dict[str, Section], stem: str, doc: str) -> None:
+    """The command line of sections, whose results are saved as ``stem``-<model>-<date>."""
+    args = arguments(sections, doc)
     if args.dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         print("dry run on the CPU: the times mean nothing")
     elif not torch.cuda.is_available():
-        sys.exit("bench/gpu.py needs a CUDA device, and torch has none (--dry-run needs none)")
+        sys.exit("this bench needs a CUDA device, and torch has none (--dry-run needs none)")
     elif not lion_kernels.build_info()["cuda"]:
         sys.exit("lion_kernels was built without CUDA: build it again with LION_KERNELS_CUDA=1")
     sys.path.append(str(timing.ROOT / "tests"))  # backends
@@ -436,18 +385,16 @@ def main() -> None:
     bench = bench_on(args.rounds, args.dry_run)
     print("compiling, and comparing with the reference ...", flush=True)
     check(bench)
-    head, path = header(args.dry_run), None
-    if args.save:
-        path = timing.result_path("gpu-tune" if args.tune else "gpu", head["gpu"], head["date"])
+    head = header(args.dry_run)
+    path = timing.result_path(stem, head["gpu"], head["date"]) if args.save else None
     report = Report(head, path)
     failed = []
-    for name, section in {"tune": tune}.items() if args.tune else SECTIONS.items():
-        if args.tune or name in args.only:
-            try:
-                section(bench, report)
-            except Exception:  # the other sections keep their results
-                traceback.print_exc()
-                failed.append(name)
+    for name in args.only:
+        try:
+            sections[name](bench, report)
+        except Exception:  # the other sections keep their results
+            traceback.print_exc()
+            failed.append(name)
     if path is not None and path.exists():
         print(f"wrote {path.relative_to(timing.ROOT)} and {path.with_suffix('.md').name}")
     if failed:
@@ -455,4 +402,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(SECTIONS, "gpu", __doc__)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cpu import SETTINGS
+from lion_kernels.layout import MOMENTUM_BLOCK
 
 OURS = "lion_kernels Lion"
 # Types of parameters and gradients, and of momenta.
@@ -18,7 +19,15 @@ KINDS = {
     "fp32": (torch.float32, torch.float32),
     "bf16, fp32 momentum": (torch.bfloat16, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp32, int8 momentum": (torch.float32, torch.int8),
+    "bf16, int8 momentum": (torch.bfloat16, torch.int8),
 }
+
+
+def momentum_bytes(kind: str) -> float:
+    """Of one element; int8 has a float32 scale a block."""
+    dtype = KINDS[kind][1]
+    return 1 + 4 / MOMENTUM_BLOCK if dtype == torch.int8 else dtype.itemsize
 
 
 def parameters(shapes: list[list[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -53,8 +62,10 @@ def compiled_lion(params: list[Tensor], m_dtype: torch.dtype, dry: bool) -> Call
 def makers(params: list[Tensor], kind: str, dry: bool) -> Iterator[tuple[str, Callable]]:
     """(name, what makes its step) of every optimizer that can have this kind of momentum."""
 
-    def of(module: str, **options: object) -> Callable[[], Callable]:
-        return lambda: importlib.import_module(module).Lion(params, **SETTINGS, **options).step
+    def of(module: str, name: str = "Lion", **options: object) -> Callable[[], Callable]:
+        return lambda: (
+            getattr(importlib.import_module(module), name)(params, **SETTINGS, **options).step
+        )
 
     m_dtype = KINDS[kind][1]
     yield OURS, of("lion_kernels", momentum_dtype=m_dtype)
@@ -63,6 +74,9 @@ def makers(params: list[Tensor], kind: str, dry: bool) -> Iterator[tuple[str, Ca
         yield "torch AdamW, fused", lambda: fused().step
         yield "lion-pytorch, triton", of("lion_pytorch", use_triton=True)
         yield "optimi, triton", of("optimi", triton=True, kahan_sum=False)
+    if m_dtype == torch.int8:
+        yield "bitsandbytes Lion8bit", of("bitsandbytes.optim", "Lion8bit")
+        return
     yield "foreach Lion, torch.compile", lambda: compiled_lion(params, m_dtype, dry)
     if m_dtype == torch.float32:  # the type of its momenta, whatever the parameters
         yield "bitsandbytes Lion", of("bitsandbytes.optim")
