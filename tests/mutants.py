@@ -14,9 +14,15 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-OPS = ["test_encode.py", "test_tally.py", "test_apply.py", "test_step.py", "test_rounding.py"]
+OPS = [
+    "test_encode.py", "test_tally.py", "test_apply.py", "test_step.py", "test_rounding.py",
+    "test_momentum.py",
+]  # fmt: skip
 ROOMS = [*OPS, "test_exchange.py"]
-USERS = ["test_lion.py", "test_exchange.py", "test_distributed.py", "test_rounding.py"]
+USERS = [
+    "test_lion.py", "test_exchange.py", "test_distributed.py", "test_rounding.py",
+    "test_momentum.py", "test_sharded.py", "test_release.py",
+]  # fmt: skip
 GPU = [*OPS, "test_launch.py"]
 
 # (what is broken, file, what stands there, what replaces it)
@@ -40,6 +46,14 @@ MUTANTS = [
     ("decay against the update", "csrc/lion_rows.h",
      "select(negative(multiply(sum[j], p)), fill(1.0f), decay)", "decay"),
     ("cautious of half the signs", "csrc/lion_rows.h", "down &= negative(slope);", ""),
+    ("one scale for all blocks", "csrc/momentum_rows.h",
+     "q += kBlock, ++scales, m += kBlock)", "q += kBlock, m += kBlock)"),
+    ("steps on a line", "csrc/momentum_rows.h",
+     "multiply(square_root(magnitude(m)), steps)", "multiply(magnitude(m), steps)"),
+    ("a NaN takes its block along", "csrc/momentum_rows.h", "if (!is_finite) {", "if (false) {"),
+    ("threads cut blocks", "csrc/lion_cpu.cpp", "first[t] + blocks * kWordsPerBlock", "word"),
+    ("scales of the first chunk", "csrc/lion_cpu.cpp", "chunk.offset / kBlock", "0"),
+    ("rescaled by one too few", "csrc/lion_cpu.cpp", "(count + 1)", "(count)"),
     ("zero sent as +1", "csrc/lion_rows.h",
      "(zero & coins(ballot.coin_key, ballot.first_word + i))", "zero"),
     ("a tie is -1", "csrc/tally_rows.h",
@@ -107,9 +121,26 @@ MUTANTS = [
     ("what is dropped is lost", "lion_kernels/kernels/rounding.py",
      "tl.where(finite, (pattern - kept).to(tl.int32, bitcast=True), 0)",
      "(pattern * 0).to(tl.int32, bitcast=True)"),
-    ("compensation not loaded", "lion_kernels/options.py",
+    ("compensation not loaded", "lion_kernels/interchange.py",
      'for key in ("exp_avg", "compensation")', 'for key in ("exp_avg",)'),
     ("rounding ignored", "lion_kernels/lion.py", 'group["rounding"],', '"nearest",'),
+    ("another library's kind of momentum", "lion_kernels/lion.py",
+     '{**group, "momentum_dtype": before["momentum_dtype"]}', "group"),
+    ("scales not compared", "lion_kernels/states.py",
+     "if scales.dtype != torch.float32 or not", "if False and"),
+    ("blocks of another memory format", "lion_kernels/states.py",
+     "torch.int8 and m.stride() == source.stride()", "torch.int8"),
+    ("every rank's scales from its first", "lion_kernels/states.py",
+     "scales if scales.numel() == blocks else scales[:blocks]", "scales[:1].expand(blocks)"),
+    ("the whole model a shard", "lion_kernels/states.py",
+     "return t.to_local() if", "return t.full_tensor() if"),
+    ("optimi clears it", "lion_kernels/interchange.py",
+     ', "kahan_comp": torch.zeros_like(p) if is_half else None', ""),
+    ("nearest of the next value", "lion_kernels/interchange.py",
+     "(qmap[1:] + qmap[:-1]) / 2", "qmap[1:]"),
+    ("signs lost", "lion_kernels/kernels/momentum.py", "tl.where(m < 0, -q, q)", "q"),
+    ("scales of the first tile", "lion_kernels/kernels/momentum.py", "start // BLOCK,", "0,"),
+    ("rescaled by one too few", "lion_kernels/kernels/step.py", "(count + 1)", "count"),
     ("NaN hidden", "lion_kernels/kernels/step.py", "-1.0, c))", "-1.0, 0.0))"),
     ("decay after the update", "lion_kernels/kernels/step.py",
      "tl.fma(p, kept, -(lr * sign))", "(p - lr * sign) * kept"),

@@ -22,7 +22,7 @@ from lion_kernels import Lion, reference
 from lion_kernels.layout import BallotLayout
 
 # Around a word, a block, the CPU's chunk and the GPU's tiles.
-SIZES = (0, 1, 33, 127, 128, 129, 511, 513, 2048, 2049, 5000)
+SIZES = (0, 1, 33, 127, 128, 129, 511, 513, 2048, 2049, 70_001)  # the last: two threads
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1, "momentum_dtype": "int8"}
 
 
@@ -286,6 +286,16 @@ def test_the_memory_format_may_change():
     got = reference.dequantize(opt.state[p]["exp_avg"], opt.state[p]["exp_avg_scale"])
     assert opt.state[p]["exp_avg"].stride() == p.stride()
     torch.testing.assert_close(got, want, rtol=2**-6, atol=0.0)
+
+
+def test_a_state_of_another_memory_format_is_cut_anew():
+    x = channels_last(4, 6, 5, 7)
+    p, q = torch.nn.Parameter(x), torch.nn.Parameter(x.contiguous())
+    opt, other = Lion([p], **OPTIONS), Lion([q], **OPTIONS)
+    train([p], opt, range(2))
+    other.load_state_dict(saved(opt))
+    m = reference.dequantize(opt.state[p]["exp_avg"], opt.state[p]["exp_avg_scale"])
+    check(other.state[q]["exp_avg"].flatten(), other.state[q]["exp_avg_scale"], m.flatten())
 
 
 @pytest.mark.parametrize("change", ["shuffled", "missing", "short", "dtype"])
