@@ -25,8 +25,7 @@ struct Moments {
   Vec next(Vec g, Vec m) const { return fma(one_minus_beta2, g, multiply(beta2, m)); }
 };
 
-// Cautious Lion (arXiv:2411.16085, without the mean rescale): drops the lanes whose sign is not
-// that of the gradient.
+// Cautious Lion (arXiv:2411.16085): drops the lanes whose sign is not that of the gradient.
 inline void keep_agreeing(const LionScalars& s, const Vec& g, uint32_t& up, uint32_t& down) {
   const Vec slope = multiply(g, fill(s.one_minus_beta1 < 0.0f ? -1.0f : 1.0f));
   up &= positive(slope);

@@ -66,8 +66,8 @@ struct TallyRows {
   uint64_t first_word;  // elect only: position of word 0 in the group
 };
 
-// n is the number of elements; it may end inside the last word. Both return the number of
-// elements that were skipped because c was not finite.
+// n is the number of elements; it may end inside the last word. EncodeFn and StepFn return the
+// number of elements that were skipped because c was not finite.
 using EncodeFn = int64_t (*)(const void* g, void* m, int64_t n, const LionScalars&,
                              const BallotRun&);
 // Elements where the sign of c is that of the gradient.

@@ -229,12 +229,12 @@ def check_lion_step(
 
 
 def _check_agreeing(agreeing: Tensor, n_tensors: int) -> None:
+    is_right = agreeing.dtype == torch.int64 and agreeing.shape == (n_tensors,)
     _rule(
-        agreeing.dtype == torch.int64 and agreeing.shape == (n_tensors,),
+        is_right and agreeing.is_contiguous(),
         f"agreeing must be contiguous int64 of shape [{n_tensors}], got {agreeing.dtype} of shape "
-        f"{list(agreeing.shape)}",
+        f"{list(agreeing.shape)} with strides {list(agreeing.stride())}",
     )
-    _rule(agreeing.is_contiguous(), "agreeing must be contiguous")
 
 
 def check_count_agreeing(

@@ -121,7 +121,7 @@ def memory_layouts(make: Make, device: str) -> Outcome:
             twins[k].step(p.grad)
         opt.step()
     wrong = max(twin.signs_wrong(p) for twin, p in zip(twins, params, strict=True))
-    return wrong == 0, f"{100 * wrong:.0f} % wrong"
+    return wrong == 0, f"{100 * wrong:.2g} % wrong"
 
 
 def surroundings(make: Make, device: str) -> Outcome:
@@ -224,7 +224,7 @@ def graph(make: Make, device: str) -> Outcome:
         twin.step(p.grad)
         captured.replay()
     wrong = twin.signs_wrong(p)
-    return wrong == 0, f"{100 * wrong:.0f} % wrong"
+    return wrong == 0, f"{100 * wrong:.2g} % wrong"
 
 
 CHECKS: dict[str, Callable[[Make, str], Outcome]] = {

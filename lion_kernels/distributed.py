@@ -80,6 +80,8 @@ class DistributedLion(Lion):
             where ranks differ in shapes, dtypes, strides, options, seed or wire format.
     """
 
+    _rescales = False
+
     def __init__(
         self,
         params: ParamsT,
@@ -106,8 +108,6 @@ class DistributedLion(Lion):
         for name, value in given.items():
             if value not in CHOICES[name]:
                 raise ValueError(f"{name} must be one of {CHOICES[name]}, got {value!r}")
-        if cautious not in (False, True):
-            raise ValueError(f"cautious must be False or True, got {cautious!r}: votes are signs")
         if check_every < 0:
             raise ValueError(f"check_every must be at least 0, got {check_every}")
         if not (dist.is_available() and dist.is_initialized()):

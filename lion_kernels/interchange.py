@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels.layout import blocks_of
-from lion_kernels.states import check_scales, is_dense, is_distributed, local, scales_of
+from lion_kernels.states import check_scales, is_distributed
 
 LIBRARIES = ("lion-pytorch", "google", "timm", "optimi", "bitsandbytes", "bitsandbytes-8bit")
 # Elements of a block of bitsandbytes' 8-bit states, newest first.
@@ -44,7 +43,7 @@ def translated(group: dict[str, Any]) -> dict[str, Any]:
     return group
 
 
-def saved_tensors(state: dict[str, Any], p: Tensor, where: str) -> dict[str, Tensor]:
+def saved_tensors(state: dict[str, Any], p: Any, where: str) -> dict[str, Tensor]:
     """The tensors of a parameter's saved state by this library's keys; raises ValueError where
     they do not fit the parameter or each other."""
     state = {**state, **state.get("__bnb_optimizer_quant_state__", {})}
@@ -56,19 +55,17 @@ def saved_tensors(state: dict[str, Any], p: Tensor, where: str) -> dict[str, Ten
             raise ValueError(
                 f"the {key} of {where} must have shape {tuple(p.shape)}, got {tuple(tensor.shape)}"
             )
-        if is_distributed(p) and (
-            not is_distributed(tensor) or local(tensor).shape != local(p).shape
-        ):
-            raise ValueError(f"the {key} of {where} must be a DTensor that is cut as the parameter")
-    if "exp_avg" in found and found["exp_avg"].dtype == torch.int8:
-        q, scales = local(found["exp_avg"]), state.get("exp_avg_scale")
-        if scales is None or not is_dense(q) or local(scales).numel() < blocks_of(q.numel()):
+        cut, wanted = (
+            (t.device_mesh, t.placements) if is_distributed(t) else None for t in (tensor, p)
+        )
+        if cut != wanted:
             raise ValueError(
-                f"the int8 exp_avg of {where} must be dense and have {blocks_of(q.numel())} "
-                f"exp_avg_scale, got {None if scales is None else tuple(scales.shape)}"
+                f"the {key} of {where} must be cut as the parameter, {wanted or 'not at all'}, "
+                f"got {cut or 'no DTensor'}"
             )
-        found["exp_avg_scale"] = scales
-        check_scales(q, scales_of(found), where)
+    if "exp_avg" in found and found["exp_avg"].dtype == torch.int8:
+        check_scales(found["exp_avg"], state.get("exp_avg_scale"), p, where)
+        found["exp_avg_scale"] = state["exp_avg_scale"]
     return found
 
 
@@ -92,6 +89,8 @@ def _in_8_bits(m: Tensor) -> dict[str, Tensor]:
 def exported_state(library: str, m: Tensor, p: Tensor, steps: int) -> dict[str, Any]:
     """A parameter's state in the layout of ``library``, from its momentum in float32."""
     if library == "bitsandbytes-8bit" and m.numel() >= _SMALLEST_8_BIT:
+        if is_distributed(m):
+            raise ValueError("bitsandbytes-8bit has no state for DTensors: export for bitsandbytes")
         return {"step": steps, **_in_8_bits(m)}
     if library.startswith("bitsandbytes"):
         return {"step": steps, "state1": m.contiguous()}
@@ -105,6 +104,8 @@ def exported_state(library: str, m: Tensor, p: Tensor, steps: int) -> dict[str, 
 def exported_group(library: str, group: dict[str, Any], weight_decay: float) -> dict[str, Any]:
     """The options of a group that ``library`` has, under its names."""
     lr, (beta1, beta2) = group["lr"], group["betas"]
+    if group["maximize"] and library != "timm":
+        raise ValueError(f"{library} cannot maximize, and a group does")
     out: dict[str, Any] = {"lr": lr.item() if isinstance(lr, Tensor) else lr}
     out["weight_decay"] = weight_decay
     if library == "optimi":
@@ -118,5 +119,9 @@ def exported_group(library: str, group: dict[str, Any], weight_decay: float) -> 
     if library.startswith("bitsandbytes"):
         return out | {"eps": 0.0}
     if library == "timm":
-        return out | {"maximize": group["maximize"], "caution": False, "foreach": None}
+        return (
+            out
+            | {"maximize": group["maximize"], "foreach": None}
+            | {"caution": group["cautious"] == "rescaled"}
+        )
     return out

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lion_kernels import _ops, interchange, kernels, states
-from lion_kernels.options import check_options, lr_tensor, weight_decay
+from lion_kernels.options import check_options, lr_tensor, momentum_dtype, weight_decay
 from lion_kernels.release import Release
 from lion_kernels.states import local
 
@@ -102,6 +102,7 @@ class Lion(Optimizer):
     # torch.amp.GradScaler leaves unscaling and skipping to optimizers that say so.
     _step_supports_amp_scaling = True
     _votes = False
+    _rescales = True
 
     def __init__(
         self,
@@ -202,11 +203,6 @@ class Lion(Optimizer):
                     f"all parameters of a group must be on one device: {self._label(group, i)} is "
                     f"on {p.device}, the first on {group['params'][0].device}"
                 )
-            if group["cautious"] == "rescaled" and states.is_distributed(p):
-                raise ValueError(
-                    'cautious="rescaled" counts whole tensors: '
-                    f"{self._label(group, i)} is a DTensor"
-                )
             if self._votes and states.is_distributed(p):
                 raise ValueError(
                     f"DistributedLion votes on plain tensors: {self._label(group, i)} is a DTensor"
@@ -216,8 +212,21 @@ class Lion(Optimizer):
                     f"parameters must be on the CPU or a CUDA device: {self._label(group, i)} is "
                     f"on {p.device}"
                 )
+        self._check_rescale(group, group["cautious"])
         if any(p.is_cuda for p in group["params"]):
             kernels.require(vote=self._votes)
+
+    def _check_rescale(self, group: dict[str, Any], cautious: bool | str) -> None:
+        if cautious != "rescaled":
+            return
+        if not self._rescales:
+            raise ValueError('cautious="rescaled" changes the size of updates: votes have none')
+        for i, p in enumerate(group["params"]):
+            if states.is_distributed(p):
+                raise ValueError(
+                    'cautious="rescaled" counts whole tensors: '
+                    f"{self._label(group, i)} is a DTensor"
+                )
 
     def _check_grad(self, group: dict[str, Any], index: int) -> None:
         p = group["params"][index]
@@ -233,10 +242,10 @@ class Lion(Optimizer):
                 f"{tuple(p.shape)} on {p.device}, got {g.dtype} of shape {tuple(g.shape)} on "
                 f"{g.device}"
             )
-        if states.is_distributed(p) and p.grad.placements != p.placements:
+        if states.is_distributed(p) != states.is_distributed(g):
             raise ValueError(
-                f"the gradient of {self._label(group, index)} must be cut as it is, "
-                f"{p.placements}, got {p.grad.placements}"
+                f"the gradient of {self._label(group, index)} must be a DTensor where it is one, "
+                f"got {type(g).__name__} for {type(p.data).__name__}"
             )
 
     def _check(self) -> None:
@@ -244,6 +253,7 @@ class Lion(Optimizer):
         for group in self.param_groups:
             check_options(group)
             self._check_lr(group)
+            self._check_rescale(group, group["cautious"])
             for i, p in enumerate(group["params"]):
                 if p.grad is not None:
                     self._check_grad(group, i)
@@ -283,15 +293,14 @@ class Lion(Optimizer):
         require one, with None for a missing gradient."""
         batch = Batch()
         batch.lows = [] if group["rounding"] == "compensated" else None
-        batch.scales = [] if group["momentum_dtype"] == torch.int8 else None
+        dtype = momentum_dtype(group)
+        batch.scales = [] if dtype == torch.int8 else None
         for param in group["params"]:
             if not (param.requires_grad if abstain else param.grad is not None):
                 continue
             state = self.state[param]
-            states.make_momentum(state, param, group["momentum_dtype"])
-            states.keep_layout(state, param)
-            p, m = local(param), local(state["exp_avg"])
-            g = None if param.grad is None else local(param.grad)
+            p, m = local(param), states.momentum(state, param, dtype)
+            g = None if param.grad is None else states.local_like(param.grad, param)
             if batch.lows is not None:
                 batch.lows.append(states.compensation(state, param))
             if batch.scales is not None:
@@ -363,7 +372,9 @@ class Lion(Optimizer):
         self._check_grad(group, index)
         self._step_group({**group, "params": [p]})
 
-    def _agreeing(self, group: dict[str, Any], batch: Batch) -> Tensor | None:
+    def _agreeing(
+        self, group: dict[str, Any], batch: Batch, grad_scale: Tensor | None
+    ) -> Tensor | None:
         """Of each tensor, the elements that a rescaled cautious update moves."""
         if group["cautious"] != "rescaled":
             return None
@@ -371,7 +382,7 @@ class Lion(Optimizer):
         counts = torch.zeros(len(batch.params), dtype=torch.int64, device=device)
         torch.ops.lion_kernels.count_agreeing(
             batch.grads, batch.exp_avgs, counts, group["betas"][0], group["maximize"],
-            self._amp(device)[0], batch.scales,
+            grad_scale, batch.scales,
         )  # fmt: skip
         return counts
 
@@ -379,6 +390,7 @@ class Lion(Optimizer):
         batch = self._batch(group)
         if batch.params:
             device = batch.params[0].device
+            grad_scale, found_inf = self._amp(device)
             torch.ops.lion_kernels.lion_step(
                 batch.params,
                 batch.grads,
@@ -388,7 +400,8 @@ class Lion(Optimizer):
                 weight_decay(group),
                 group["maximize"],
                 self._counter(device) if group["nonfinite"] == "skip" else None,
-                *self._amp(device),
+                grad_scale,
+                found_inf,
                 group["rounding"],
                 batch.lows,
                 self.seed,
@@ -396,7 +409,7 @@ class Lion(Optimizer):
                 bool(group["cautious"]),
                 group["cautious_weight_decay"],
                 batch.scales,
-                self._agreeing(group, batch),
+                self._agreeing(group, batch, grad_scale),
             )
             batch.write_back()
 
@@ -419,17 +432,17 @@ class Lion(Optimizer):
         ] + groups[len(present) :]
         for saved_group, group in zip(groups, present, strict=False):
             check_options({**group, **saved_group})
-        super().load_state_dict({**state_dict, "param_groups": groups})
+        for saved_group, group in zip(groups, self.param_groups, strict=False):
+            self._check_rescale(group, saved_group.get("cautious", group["cautious"]))
+        # torch would cast every state to its parameter's dtype.
+        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
         for group, before in zip(self.param_groups, present, strict=True):
             for key, value in before.items():
                 group.setdefault(key, value)
             check_options(group)
             for p in group["params"]:
-                # torch casts every state to its parameter's dtype: start from the saved ones.
-                self.state.pop(p, None)
                 if "exp_avg" in loaded[p]:
-                    states.make_momentum(self.state[p], p, group["momentum_dtype"])
-                    states.load_momentum(self.state[p], p, loaded[p])
+                    states.load_momentum(self.state[p], p, momentum_dtype(group), loaded[p])
                 if "compensation" in loaded[p] and group["rounding"] == "compensated":
                     states.load_compensation(self.state[p], p, loaded[p])
             if "step" in group and group["params"]:

@@ -13,17 +13,25 @@ CHOICES = {"rounding": _ops.ROUNDINGS, "nonfinite": ("propagate", "skip")}
 MOMENTUM_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _ops.MOMENTUM_DTYPES}
 
 
-def _momentum_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
-    dtype = MOMENTUM_DTYPES.get(value) if isinstance(value, str) else value
-    if value is not None and dtype not in _ops.MOMENTUM_DTYPES:
+def _momentum_name(value: torch.dtype | str | None) -> str | None:
+    """The name, which every kind of checkpoint can hold."""
+    name = value if isinstance(value, str) else str(value).removeprefix("torch.")
+    if value is not None and name not in MOMENTUM_DTYPES:
         raise ValueError(
             f"momentum_dtype must be None or one of {', '.join(MOMENTUM_DTYPES)}, got {value!r}"
         )
-    return dtype
+    return None if value is None else name
+
+
+def momentum_dtype(group: dict[str, Any]) -> torch.dtype | None:
+    """The storage of the group's momenta; None: its parameters' own."""
+    name = _momentum_name(group["momentum_dtype"])
+    return None if name is None else MOMENTUM_DTYPES[name]
 
 
 def check_options(group: dict[str, Any]) -> None:
-    """Raise ValueError where a group's lr, betas or weight_decay is out of its range."""
+    """Raise ValueError where an option of a group is out of its range; write momentum_dtype as its
+    name, and the first lr that independent_weight_decay needs."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
@@ -37,7 +45,7 @@ def check_options(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be in [0, 1), got {beta}")
     if not group["weight_decay"] >= 0.0:
         raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']}")
-    group["momentum_dtype"] = _momentum_dtype(group["momentum_dtype"])
+    group["momentum_dtype"] = _momentum_name(group["momentum_dtype"])
     for name, choices in CHOICES.items():
         if group[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {group[name]!r}")

@@ -5,6 +5,7 @@ Keys: "exp_avg"; "exp_avg_scale", the scales of an int8 one; "compensation". Par
 DTensors have DTensors as state, so that each rank saves its shard.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,33 +43,56 @@ def cut_as(p: Any, shard: Tensor) -> Tensor:
     )
 
 
+def local_like(t: Any, p: Any) -> Tensor:
+    """This rank's part of ``t``, cut as ``p`` is: a gradient of a replicated parameter may be a sum
+    that is still to be made."""
+    if is_distributed(t) and t.placements != p.placements:
+        t = t.redistribute(placements=p.placements)
+    return local(t)
+
+
 def check_not_capturing(device: torch.device) -> None:
     """A zero that is made while a graph is captured is made again by every replay."""
     if kernels.is_capturing(device):
         raise RuntimeError(kernels.WARM_UP)
 
 
-def _zero_scales(p: Any) -> Tensor:
-    """A scale for every block of the parameter. Of a DTensor: as many on every rank as the largest
-    shard has blocks, so that the scales are a DTensor too."""
+def _scales_like(p: Any) -> tuple[list[int], Sequence[Any]]:
+    """The shape of the scales of an int8 momentum, one for every block; for a DTensor the global
+    shape and its placements. They are cut where ``p`` is: (cuts of each dimension, blocks of the
+    largest shard), so that scales of another cut have another shape."""
     if not is_distributed(p):
-        return torch.zeros(blocks_of(p.numel()), dtype=torch.float32, device=p.device)
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+        return [blocks_of(p.numel())], ()
+    from torch.distributed.tensor import Replicate, Shard
 
-    shape, cuts = list(p.shape), []
+    shape, cuts = list(p.shape), [1] * p.dim()
+    placements: list[Any] = []
     for n_ranks, placement in zip(p.device_mesh.shape, p.placements, strict=True):
-        if placement.is_shard():
+        if placement.is_replicate():
+            placements.append(Replicate())
+        else:
+            cuts[placement.dim] *= n_ranks
             shape[placement.dim] = -(-shape[placement.dim] // n_ranks)
-        cuts.append(Shard(0) if placement.is_shard() else Replicate())
-    blocks = blocks_of(torch.Size(shape).numel())
-    scales = torch.zeros(blocks, dtype=torch.float32, device=local(p).device)
-    return DTensor.from_local(scales, p.device_mesh, cuts, run_check=False)
+            placements.append(Shard(placement.dim))
+    return [*cuts, blocks_of(torch.Size(shape).numel())], placements
+
+
+def _zero_scales(p: Any) -> Tensor:
+    shape, placements = _scales_like(p)
+    check_not_capturing(p.device)
+    scales = torch.zeros(shape[-1], dtype=torch.float32, device=p.device)
+    if not is_distributed(p):
+        return scales
+    from torch.distributed.tensor import DTensor
+
+    here = scales.view(*[1] * p.dim(), -1)
+    return DTensor.from_local(here, p.device_mesh, placements, run_check=False)
 
 
 def scales_of(state: dict[str, Tensor]) -> Tensor:
     """The scales of an int8 momentum as the ops take them."""
-    scales, blocks = local(state["exp_avg_scale"]), blocks_of(local(state["exp_avg"]).numel())
-    return scales if scales.numel() == blocks else scales[:blocks]
+    scales, blocks = state["exp_avg_scale"], blocks_of(local(state["exp_avg"]).numel())
+    return local(scales).flatten()[:blocks] if is_distributed(scales) else scales
 
 
 def read_momentum(state: dict[str, Tensor]) -> Tensor:
@@ -83,7 +107,7 @@ def float32_momentum(state: dict[str, Tensor]) -> Tensor:
     return m.clone() if m.is_complex() else m.to(torch.float32, copy=True)
 
 
-def write_momentum(state: dict[str, Tensor], p: Tensor, value: Tensor) -> None:
+def _write_momentum(state: dict[str, Tensor], p: Tensor, value: Tensor) -> None:
     """Store float values of any strides into this rank's momentum."""
     m = local(state["exp_avg"])
     if m.dtype == torch.int8:
@@ -94,72 +118,91 @@ def write_momentum(state: dict[str, Tensor], p: Tensor, value: Tensor) -> None:
         m.copy_(value)
 
 
-def zeros(p: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A state tensor of a parameter, in its memory layout."""
+def _zeros(p: Tensor, dtype: torch.dtype | None) -> Tensor:
     check_not_capturing(p.device)
     return torch.zeros_like(p, dtype=dtype)
 
 
-def keep_layout(state: dict[str, Tensor], p: Tensor) -> None:
-    """Follow a parameter whose memory format changed after its state was made."""
+def _fits(t: Tensor, p: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a state tensor has its dtype and the memory layout of its parameter, whose memory
+    format may have changed."""
     here = local(p)
-    for key in ("exp_avg", "compensation"):
-        if key not in state or local(state[key]).stride() == here.stride() or not is_dense(here):
-            continue
-        before = {**state}
-        moved = zeros(p, state[key].dtype)
-        if key == "exp_avg" and moved.dtype == torch.int8:
-            state.update(exp_avg=moved, exp_avg_scale=_zero_scales(p))
-            write_momentum(state, p, read_momentum(before))
-        else:
-            local(moved).copy_(local(state[key]))
-            state[key] = moved
+    return t.dtype == dtype and (local(t).stride() == here.stride() or not is_dense(here))
 
 
-def make_momentum(state: dict[str, Tensor], p: Tensor, dtype: torch.dtype | None) -> None:
-    """Add a momentum of zeros where there is none."""
-    if "exp_avg" not in state:
-        state["exp_avg"] = zeros(p, dtype)
+def momentum(state: dict[str, Tensor], p: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """This rank's momentum in a storage dtype (None: the parameter's), made where it is missing,
+    made anew where it does not fit."""
+    dtype = p.dtype if dtype is None else dtype
+    if "exp_avg" not in state or not _fits(state["exp_avg"], p, dtype):
+        before = dict(state)
+        state["exp_avg"] = _zeros(p, dtype)
+        state.pop("exp_avg_scale", None)
         if dtype == torch.int8:
             state["exp_avg_scale"] = _zero_scales(p)
+        if "exp_avg" in before:
+            _write_momentum(state, p, read_momentum(before))
+    return local(state["exp_avg"])
 
 
 def compensation(state: dict[str, Tensor], p: Tensor) -> Tensor:
-    """What compensated rounding keeps beside a parameter, made where it is missing; empty for a
-    storage type that drops nothing."""
+    """What compensated rounding keeps beside this rank's parameter, made where it is missing; empty
+    for a storage type that drops nothing."""
     dtype = _ops.low_dtype(p.dtype)
     if dtype is None:
         return torch.empty(0, device=p.device)
-    if "compensation" not in state:
-        state["compensation"] = zeros(p, dtype)
+    before = state.get("compensation")
+    if before is None or not _fits(before, p, dtype):
+        state["compensation"] = _zeros(p, dtype)
+        if before is not None:
+            local(state["compensation"]).copy_(local(before))
     return local(state["compensation"])
 
 
-def check_scales(q: Tensor, scales: Tensor, where: str) -> None:
-    """The largest element of a block is +-127: scales that are not those of ``q`` are noticed."""
-    sizes = q.as_strided((q.numel(),), (1,)).abs()  # of -128 in int8: -128
-    blocks = torch.nn.functional.pad(sizes, (0, -q.numel() % MOMENTUM_BLOCK))
-    top = blocks.view(-1, MOMENTUM_BLOCK).amax(1) if q.numel() > 0 else scales
-    if scales.dtype != torch.float32 or not torch.equal(top == 127, scales > 0):
+def check_scales(q: Tensor, scales: Tensor | None, p: Tensor, where: str) -> None:
+    """Raise ValueError unless ``scales`` can be those of the saved int8 momentum ``q``: they have
+    its cut, and where a block has a scale, its largest element is +-127."""
+    shape, placements = _scales_like(p)
+    if (
+        scales is None
+        or not is_dense(local(q))
+        or scales.dtype != torch.float32
+        or list(scales.shape) != shape
+        or tuple(getattr(scales, "placements", ())) != tuple(placements)
+    ):
         raise ValueError(
-            f"the exp_avg_scale of {where} is not that of its int8 exp_avg: they were saved with "
-            "another memory format or other shards; an export_state_dict() loads anywhere"
+            f"the int8 exp_avg of {where} must be dense and have a float32 exp_avg_scale of shape "
+            f"{tuple(shape)}, got {None if scales is None else tuple(scales.shape)}: {_RECUT}"
         )
+    flat = scales_of({"exp_avg": q, "exp_avg_scale": scales})
+    sizes = local(q).as_strided((local(q).numel(),), (1,)).abs()  # of -128 in int8: -128
+    blocks = torch.nn.functional.pad(sizes, (0, -sizes.numel() % MOMENTUM_BLOCK))
+    top = blocks.view(-1, MOMENTUM_BLOCK).amax(1) if sizes.numel() > 0 else flat
+    if not (flat.isfinite().all() and torch.equal(top == 127, flat > 0)):
+        raise ValueError(f"the exp_avg_scale of {where} is not that of its int8 exp_avg: {_RECUT}")
 
 
-def load_momentum(state: dict[str, Tensor], p: Tensor, saved: dict[str, Tensor]) -> None:
-    """Copy a saved momentum into the one of ``state``, bit for bit where the dtype is the same."""
-    m, source = local(state["exp_avg"]), local(saved["exp_avg"])
+# Blocks go by storage: another memory format, or other shards, have others.
+_RECUT = (
+    "an int8 momentum loads into the memory format and the shards that it was saved from, an "
+    "export_state_dict() anywhere"
+)
+
+
+def load_momentum(
+    state: dict[str, Tensor], p: Tensor, dtype: torch.dtype | None, saved: dict[str, Tensor]
+) -> None:
+    """Add the momentum of a saved state, bit for bit where its dtype is the same."""
+    m, source = momentum(state, p, dtype), local(saved["exp_avg"])
     if m.dtype == source.dtype == torch.int8 and m.stride() == source.stride():
         m.copy_(source)
         scales_of(state).copy_(scales_of(saved))
     else:
-        write_momentum(state, p, read_momentum(saved))
+        _write_momentum(state, p, read_momentum(saved))
 
 
 def load_compensation(state: dict[str, Tensor], p: Tensor, saved: dict[str, Tensor]) -> None:
     """Copy a saved compensation that is of this parameter's kind; any other is left."""
     low, dtype = saved.get("compensation"), _ops.low_dtype(p.dtype)
     if low is not None and low.dtype == dtype:
-        state["compensation"] = zeros(p, dtype)
-        local(state["compensation"]).copy_(local(low))
+        compensation(state, p).copy_(local(low))

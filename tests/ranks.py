@@ -30,7 +30,7 @@ def _serve(rank, world_size, store, pipe):
         function, args = task
         try:
             pipe.send((True, function(rank, *args)))
-        except Exception as error:
+        except BaseException as error:  # a CheckpointException is no Exception
             pipe.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
     dist.destroy_process_group()
 

@@ -520,6 +520,11 @@ def test_exports_by_layout():
     assert error < 0.02 and bits_equal(again.state[params[1]]["exp_avg"], momenta[1])
     with pytest.raises(ValueError, match="library must be one of lion-pytorch, google"):
         opt.export_state_dict("adam")
+    opt.param_groups[0].update(maximize=True, cautious="rescaled")
+    (group,) = opt.export_state_dict("timm")["param_groups"]
+    assert group["maximize"] is True and group["caution"] is True
+    with pytest.raises(ValueError, match="optimi cannot maximize"):
+        opt.export_state_dict("optimi")
 
 
 @pytest.mark.parametrize("change", ["shape", "lr"])

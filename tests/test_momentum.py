@@ -298,7 +298,7 @@ def test_a_state_of_another_memory_format_is_cut_anew():
     check(other.state[q]["exp_avg"].flatten(), other.state[q]["exp_avg_scale"], m.flatten())
 
 
-@pytest.mark.parametrize("change", ["shuffled", "missing", "short", "dtype"])
+@pytest.mark.parametrize("change", ["shuffled", "missing", "short", "long", "dtype", "infinite"])
 def test_scales_of_another_momentum_are_noticed(change):
     params = parameters((1000,))
     opt = Lion(params, **OPTIONS)
@@ -311,6 +311,10 @@ def test_scales_of_another_momentum_are_noticed(change):
         del kept["exp_avg_scale"]
     elif change == "short":
         kept["exp_avg_scale"] = kept["exp_avg_scale"][:3]
+    elif change == "long":
+        kept["exp_avg_scale"] = kept["exp_avg_scale"].repeat(2)
+    elif change == "infinite":
+        kept["exp_avg_scale"][1] = torch.inf
     else:
         kept["exp_avg_scale"] = kept["exp_avg_scale"].double()
     before = copy.deepcopy(opt.state_dict()["state"])
@@ -318,6 +322,22 @@ def test_scales_of_another_momentum_are_noticed(change):
         opt.load_state_dict(state)
     after = opt.state_dict()["state"]
     assert torch.equal(after[0]["exp_avg"], before[0]["exp_avg"])
+
+
+def test_the_momentum_type_may_change_between_steps():
+    (p,) = parameters((300,))
+    opt = Lion([p], **OPTIONS)
+    train([p], opt, range(2))
+    for name in ("float32", "int8", "bfloat16"):
+        before = twin(*opt.state[p].values()) if "exp_avg_scale" in opt.state[p] else None
+        before = opt.state[p]["exp_avg"].float() if before is None else before
+        opt.param_groups[0]["momentum_dtype"] = name
+        p.grad = torch.zeros_like(p)
+        opt.step()
+        state = opt.state[p]
+        after = twin(*state.values()) if name == "int8" else state["exp_avg"].float()
+        assert state["exp_avg"].dtype == getattr(torch, name)
+        torch.testing.assert_close(after, 0.99 * before, rtol=0.1, atol=1e-3)
 
 
 def test_a_parameter_with_gaps_and_one_in_float32():

@@ -138,6 +138,112 @@ def test_distributed_checkpoint(worlds, tmp_path, options):
         assert all(bits_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def save(rank, folder, options):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model, opt = sharded(options)
+    train(model, opt, range(3))
+    dcp.save({"opt": get_optimizer_state_dict(model, opt)}, checkpoint_id=folder)
+    exported = opt.export_state_dict("lion-pytorch")["state"]
+    return [m.full_tensor() for m in (state["exp_avg"] for state in exported.values())]
+
+
+def load(rank, folder, options, dim):
+    """Whole momenta after loading into shards of dimension `dim`."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    model = model_of(options)
+    fully_shard(model, shard_placement_fn=lambda p: Shard(min(dim, p.dim() - 1)))
+    opt = Lion(model.named_parameters(), **OPTIONS, **options)
+    state = {"opt": get_optimizer_state_dict(model, opt)}
+    dcp.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(model, opt, state["opt"])
+    return [opt.state[p]["exp_avg"].full_tensor() for p in model.parameters()]
+
+
+@pytest.mark.parametrize(("n", "dim"), [(3, 0), (4, 0)])
+def test_a_checkpoint_in_another_world(worlds, tmp_path, n, dim):
+    """Float momenta are cut anew; int8 blocks cannot be, and every rank says so."""
+    folder = str(tmp_path / "float")
+    saved = worlds(2).run(save, folder, {})[0]
+    for momenta in worlds(n).run(load, folder, {}, dim):
+        assert all(bits_equal(a, b) for a, b in zip(momenta, saved, strict=True))
+    folder = str(tmp_path / "int8")
+    worlds(2).run(save, folder, {"momentum_dtype": "int8"})
+    outcomes = worlds(n).outcomes(load, folder, {"momentum_dtype": "int8"}, dim)
+    assert all(not ok and "exp_avg_scale" in text for ok, text in outcomes)
+
+
+def cut_the_other_way(rank):
+    """A (512, 512) parameter has as many scales a rank whichever dimension is cut."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    whole, opts = torch.randn(512, 512, generator=generator(0)), []
+    for dim in (0, 1):
+        p = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(dim)]))
+        opts.append(Lion([p], **OPTIONS, momentum_dtype="int8"))
+        p.grad = distribute_tensor(whole, mesh, [Shard(dim)])
+        opts[-1].step()
+    state, kept = opts[0].state_dict(), opts[1].state_dict()["state"][0]
+    state["state"][0]["exp_avg"] = kept["exp_avg"]  # what a checkpoint would have cut anew
+    opts[1].load_state_dict(state)
+
+
+def whole_state(rank, options):
+    """The optimizer's state in one piece, as checkpoints of one file take it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    model, opt = sharded(options)
+    train(model, opt, range(3))
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_optimizer_state_dict(model, opt, options=whole)
+
+
+@pytest.mark.parametrize("momentum_dtype", ["float32", "bfloat16"])
+def test_a_state_in_one_piece_loads_into_a_plain_model(worlds, momentum_dtype):
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    options = {"momentum_dtype": momentum_dtype}
+    state = worlds(2).run(whole_state, options)[0]
+    model, twin = model_of(options), model_of(options)
+    opt, expected = (Lion(m.named_parameters(), **OPTIONS, **options) for m in (model, twin))
+    train(twin, expected, range(3))
+    set_optimizer_state_dict(model, opt, state)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert bits_equal(opt.state[p]["exp_avg"], expected.state[q]["exp_avg"])
+
+
+def with_a_partial_gradient(rank):
+    """Tensor parallelism gives replicated parameters gradients that are still to be summed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.randn(50, generator=generator(1))
+    p = torch.nn.Parameter(distribute_tensor(whole, mesh, [Replicate()]))
+    q = torch.nn.Parameter(whole.clone())
+    mine, theirs = (torch.randn(50, generator=generator(2 + r)) for r in (rank, 1 - rank))
+    p.grad = DTensor.from_local(mine, mesh, [Partial()])
+    q.grad = mine + theirs
+    for t in (p, q):
+        Lion([t], **OPTIONS).step()
+    return p.full_tensor().detach(), q.detach()
+
+
+def test_a_partial_gradient_is_summed(worlds):
+    for a, b in worlds(2).run(with_a_partial_gradient):
+        assert bits_equal(a, b)
+
+
 def foreign_state(rank):
     model, opt = sharded({"momentum_dtype": "int8"})
     train(model, opt, range(2))
@@ -155,11 +261,25 @@ def rescaled(rank):
     sharded({"cautious": "rescaled"})
 
 
+def rescaled_later(rank):
+    _, opt = sharded({})
+    state = opt.state_dict()
+    state["param_groups"][0]["cautious"] = "rescaled"
+    opt.load_state_dict(state)
+
+
+def rescaled_vote(rank):
+    DistributedLion([{"params": [torch.nn.Parameter(torch.ones(3))], "cautious": "rescaled"}])
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
         (rescaled, 'cautious="rescaled" counts whole tensors: parameter 0 of group 0'),
-        (foreign_state, "the exp_avg of parameter 0 must be a DTensor that is cut as"),
+        (rescaled_later, 'cautious="rescaled" counts whole tensors: parameter 0 of group 0'),
+        (rescaled_vote, 'cautious="rescaled" changes the size of updates'),
+        (foreign_state, "the exp_avg of parameter 0 must be cut as the parameter, .* got no DTen"),
+        (cut_the_other_way, r"float32 exp_avg_scale of shape \(1, 2, 1024\), got \(2, 1, 1024\)"),
         (voting, r"DistributedLion votes on plain tensors: parameter 0 of group 0 is a DTensor"),
     ],
 )

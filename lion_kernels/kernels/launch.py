@@ -46,8 +46,8 @@ STEP = Config(block=2048, num_warps=8, registers=64)
 # Skipping or cautious: at 64, bfloat16 with compensated rounding spills 8 bytes on sm_90.
 STEP_WITH_OPTIONS = Config(block=2048, num_warps=8, registers=80)
 ENCODE = Config(block=2048, num_warps=8, registers=64)
-# Cautious: at 64, int8 momenta spill 8 to 24 bytes on sm_80.
 AGREEING = Config(block=2048, num_warps=8, registers=64)
+# Cautious: at 64, int8 momenta spill 8 to 24 bytes on sm_80.
 ENCODE_WITH_OPTIONS = Config(block=2048, num_warps=8, registers=80)
 APPLY = Config(block=2048, num_warps=8, registers=64)
 
@@ -204,8 +204,9 @@ def lion_step(
         return rows_by_dtypes(params, grads, exp_avgs, kept, used, (params, exp_avgs))
 
     tensors = identity(params, grads, exp_avgs, lows or (), scales or ())
-    scalars = _shapes(lr, grad_scale, found_inf, step, agreeing)
-    key = ("lion_step", tensors, rounding, *scalars)
+    scalars = _shapes(lr, grad_scale, found_inf, step)
+    counts = () if agreeing is None else _layouts(agreeing)
+    key = ("lion_step", tensors, rounding, cautious, *scalars, *counts)
     if nonfinite is not None:
         _check_place(nonfinite, "nonfinite", device, torch.int64)
     if step is not None:
