@@ -20,6 +20,7 @@ from lion_kernels.agreement import (
     compare_facts,
     compare_parameters,
 )
+from lion_kernels.checks import label
 from lion_kernels.exchange import EXCHANGES, Buffers, choose
 from lion_kernels.layout import MAX_SCALE, WIRE_VERSION, BallotLayout
 from lion_kernels.lion import Lion
@@ -166,6 +167,9 @@ class DistributedLion(Lion):
                 self.param_groups.pop()
                 raise
 
+    def _number(self, group: dict[str, Any]) -> int:
+        return next(i for i, g in enumerate(self.param_groups) if g is group)
+
     def _facts(self, groups: list[dict[str, Any]]) -> list[Fact]:
         facts: list[Fact] = [
             ("wire format version", WIRE_VERSION),
@@ -207,10 +211,10 @@ class DistributedLion(Lion):
         """Compare a 64-bit hash of every parameter over the ranks; raise RuntimeError on every
         rank that names the first parameter that differs and the ranks. All ranks must call it."""
         params, labels = [], []
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
                 params.append(p.detach())
-                labels.append(self._label(group, i))
+                labels.append(label(group, number, i))
                 if "compensation" in self.state.get(p, {}):
                     params.append(self.state[p]["compensation"])
                     labels.append(f"the compensation of {labels[-1]}")

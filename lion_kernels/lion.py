@@ -1,7 +1,7 @@
 """Lion on one device: parameter groups, state and checks around one fused pass over memory.
 
-Owns what both optimizers share: checks of parameters and gradients, gradients brought into the
-parameters' memory layout, the step. Imports no kernel; calls torch.ops.lion_kernels.
+Owns what both optimizers share: gradients brought into the parameters' memory layout, the step,
+loading and saving. Imports no kernel; calls torch.ops.lion_kernels.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,13 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lion_kernels import _ops, interchange, kernels, states
+from lion_kernels.checks import (
+    check_gradient,
+    check_lr,
+    check_parameters,
+    check_plain,
+    check_rescale,
+)
 from lion_kernels.options import check_options, lr_tensor, momentum_dtype, weight_decay
 from lion_kernels.release import Release
 from lion_kernels.states import local
@@ -157,7 +164,7 @@ class Lion(Optimizer):
         group = self.param_groups[-1]
         try:
             check_options(group)
-            self._check_params(group)
+            self._check_params(group, len(self.param_groups) - 1)
         except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
@@ -173,100 +180,23 @@ class Lion(Optimizer):
         """With fused_backward: backward passes within it add up gradients, and step nothing."""
         return nullcontext() if self._release is None else self._release.accumulate()
 
-    def _number(self, group: dict[str, Any]) -> int:
-        return next(i for i, g in enumerate(self.param_groups) if g is group)
-
-    def _label(self, group: dict[str, Any], index: int) -> str:
-        names = group.get("param_names")
-        name = f" ({names[index]!r})" if names else ""
-        return f"parameter {index} of group {self._number(group)}{name}"
-
-    def _check_params(self, group: dict[str, Any]) -> None:
-        for i, p in enumerate(group["params"]):
-            real = p.dtype.to_real() if p.is_complex() else p.dtype
-            if real not in _ops.STORAGE_DTYPES:
-                raise ValueError(
-                    f"{self._label(group, i)} must be float32, bfloat16, float16 or complex64, "
-                    f"got {p.dtype}"
-                )
-            if p.is_complex() and group["momentum_dtype"] is not None:
-                raise ValueError(
-                    f"momentum_dtype must be None for complex parameters: {self._label(group, i)}"
-                )
-            if any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
-                raise ValueError(
-                    f"parameters must not overlap themselves: {self._label(group, i)} has shape "
-                    f"{tuple(p.shape)} with strides {p.stride()}"
-                )
-            if p.device != group["params"][0].device:
-                raise ValueError(
-                    f"all parameters of a group must be on one device: {self._label(group, i)} is "
-                    f"on {p.device}, the first on {group['params'][0].device}"
-                )
-            if self._votes and states.is_distributed(p):
-                raise ValueError(
-                    f"DistributedLion votes on plain tensors: {self._label(group, i)} is a DTensor"
-                )
-            if p.device.type not in ("cpu", "cuda"):
-                raise ValueError(
-                    f"parameters must be on the CPU or a CUDA device: {self._label(group, i)} is "
-                    f"on {p.device}"
-                )
-        self._check_rescale(group, group["cautious"])
+    def _check_params(self, group: dict[str, Any], number: int) -> None:
+        check_parameters(group, number)
+        check_rescale(group, number, group["cautious"], self._rescales)
+        if self._votes:
+            check_plain(group, number, "DistributedLion votes on plain tensors")
         if any(p.is_cuda for p in group["params"]):
             kernels.require(vote=self._votes)
 
-    def _check_rescale(self, group: dict[str, Any], cautious: bool | str) -> None:
-        if cautious != "rescaled":
-            return
-        if not self._rescales:
-            raise ValueError('cautious="rescaled" changes the size of updates: votes have none')
-        for i, p in enumerate(group["params"]):
-            if states.is_distributed(p):
-                raise ValueError(
-                    'cautious="rescaled" counts whole tensors: '
-                    f"{self._label(group, i)} is a DTensor"
-                )
-
-    def _check_grad(self, group: dict[str, Any], index: int) -> None:
-        p = group["params"][index]
-        g = p.grad
-        if g.layout != torch.strided:
-            raise ValueError(
-                f"sparse gradients are not supported: {self._label(group, index)} has layout "
-                f"{g.layout}; use sparse=False in its embedding"
-            )
-        if g.dtype != p.dtype or g.device != p.device or g.shape != p.shape:
-            raise ValueError(
-                f"the gradient of {self._label(group, index)} must be {p.dtype} of shape "
-                f"{tuple(p.shape)} on {p.device}, got {g.dtype} of shape {tuple(g.shape)} on "
-                f"{g.device}"
-            )
-        if states.is_distributed(p) != states.is_distributed(g):
-            raise ValueError(
-                f"the gradient of {self._label(group, index)} must be a DTensor where it is one, "
-                f"got {type(g).__name__} for {type(p.data).__name__}"
-            )
-
     def _check(self) -> None:
         """Raise before anything is written: options may have changed since construction."""
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             check_options(group)
-            self._check_lr(group)
-            self._check_rescale(group, group["cautious"])
+            check_lr(group, number)
+            check_rescale(group, number, group["cautious"], self._rescales)
             for i, p in enumerate(group["params"]):
                 if p.grad is not None:
-                    self._check_grad(group, i)
-
-    def _check_lr(self, group: dict[str, Any]) -> None:
-        lr, params = group["lr"], group["params"]
-        if not isinstance(lr, Tensor) or lr.device.type == "cpu" or not params:
-            return
-        if lr.device != params[0].device or lr.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"a tensor lr must be on the CPU, or float32 or float64 on {params[0].device}: "
-                f"group {self._number(group)} has {lr.dtype} on {lr.device}"
-            )
+                    check_gradient(group, number, i)
 
     def float32_parameter(self, p: Tensor) -> Tensor:
         """A parameter's value as float32, with what compensated rounding keeps beside it: a new
@@ -368,8 +298,8 @@ class Lion(Optimizer):
         number, index = self._places[p]
         group = self.param_groups[number]
         check_options(group)
-        self._check_lr(group)
-        self._check_grad(group, index)
+        check_lr(group, number)
+        check_gradient(group, number, index)
         self._step_group({**group, "params": [p]})
 
     def _agreeing(
@@ -432,8 +362,9 @@ class Lion(Optimizer):
         ] + groups[len(present) :]
         for saved_group, group in zip(groups, present, strict=False):
             check_options({**group, **saved_group})
-        for saved_group, group in zip(groups, self.param_groups, strict=False):
-            self._check_rescale(group, saved_group.get("cautious", group["cautious"]))
+        for i, (saved_group, group) in enumerate(zip(groups, present, strict=False)):
+            cautious = saved_group.get("cautious", group["cautious"])
+            check_rescale(group, i, cautious, self._rescales)
         # torch would cast every state to its parameter's dtype.
         super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
         for group, before in zip(self.param_groups, present, strict=True):
