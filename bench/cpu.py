@@ -156,7 +156,7 @@ def peers(params: list[Tensor]) -> tuple[dict[str, torch.optim.Optimizer], list[
     return found, missing
 
 
-def step_section(how: timing.How, quick: bool) -> list[Result]:
+def step_section(how: timing.How, quick: bool, only: list[str]) -> list[Result]:
     shapes = gpt2_shapes(*((96, 5_003) if quick else ()))
     params = [torch.nn.Parameter(0.02 * torch.randn(shape)) for shape in shapes]
     for p in params:
@@ -169,6 +169,7 @@ def step_section(how: timing.How, quick: bool) -> list[Result]:
     cases = [
         Case(name, o.step, n_bytes.get(name, 0), "" if name == OURS else OURS, targets.get(name))
         for name, o in optimizers.items()
+        if name == OURS or any(word in name for word in only)
     ]
     print(f"\nstep: GPT-2, {len(params)} fp32 tensors, {n / 1e6:.1f}M parameters")
     results = timing.measure(cases, how, "step", timing.time_ratio)
@@ -392,6 +393,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--save", action="store_true", help="write bench/results/cpu-<model>-<date>.json"
     )
+    parser.add_argument(
+        "--peers", nargs="+", default=[""], metavar="WORD",
+        help="section step: only peers whose name holds one of these. The memory that one peer "
+        "frees is there for the next: alone they are slower",
+    )  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", help="draw the section step as a bar chart")
     args = parser.parse_args()
     if args.rounds < 2 or args.warmup < 0:
@@ -412,7 +418,7 @@ def main() -> None:
     how = timing.How(args.rounds, args.warmup), args.quick
     sections: dict[str, object] = {}
     if "step" in args.only:
-        results = step_section(*how)
+        results = step_section(*how, args.peers)
         sections["step"] = timing.rows_of(results)
         if args.plot:
             plot(results, head, args.plot)

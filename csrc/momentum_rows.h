@@ -7,12 +7,6 @@
 
 constexpr float kSteps = 127.0f;
 
-inline Vec magnitude(const Vec& a) {
-  Vec out;
-  set_bits(out, bits_of(a) & 0x7FFFFFFFu);
-  return out;
-}
-
 // Whether any of the block is -128, eight at a time: a zero byte is what borrows.
 inline bool has_not_finite(const int8_t* q_block) {
   constexpr uint64_t kOnes = 0x0101010101010101u;

@@ -27,6 +27,11 @@ using Low = typename LowOf<kRounding, P>::type;
 
 inline WordVec bits_of(const Vec& a) { return bit_cast<WordVec>(a.v); }
 inline void set_bits(Vec& a, const WordVec& bits) { a.v = bit_cast<decltype(a.v)>(bits); }
+inline Vec magnitude(const Vec& a) {
+  Vec out;
+  set_bits(out, bits_of(a) & 0x7FFFFFFFu);
+  return out;
+}
 
 // k * 0x9E3779B9, modulo 2^32.
 alignas(64) const uint32_t kLaneSteps[16] = {0x00000000u, 0x9E3779B9u, 0x3C6EF372u, 0xDAA66D2Bu,
@@ -57,20 +62,24 @@ inline void round_at_random(const BF16*, Vec& a, const WordVec& random) {
   set_bits(rounded, (bits_of(a) + random) & 0xFFFF0000u);
   a = select(finite(a), rounded, a);
 }
+// Below 2^-14 fp16 has a fixed point: multiples of 2^-24. Only such numbers are converted, others
+// may not fit.
+inline Vec round_tiny_at_random(const Vec& a, const WordVec& noise, uint32_t is_tiny) {
+  const FloatVec units =
+      bit_cast<FloatVec>(bits_of(select(is_tiny, magnitude(a), Vec{}))) * 0x1p24f +
+      __builtin_convertvector(bit_cast<IntVec>(noise), FloatVec) * 0x1p-13f;
+  const FloatVec cut =
+      __builtin_convertvector(__builtin_convertvector(units, IntVec), FloatVec) * 0x1p-24f;
+  Vec out;
+  set_bits(out, bit_cast<WordVec>(cut) | (bits_of(a) & 0x80000000u));
+  return out;
+}
 inline void round_at_random(const F16*, Vec& a, const WordVec& random) {
-  const WordVec bits = bits_of(a), magnitude = bits & 0x7FFFFFFFu, noise = random & 0x1FFFu;
-  const WordVec normal = (bits + noise) & 0xFFFFE000u;
-  // Below 2^-14 fp16 has a fixed point: multiples of 2^-24.
-  const FloatVec units = bit_cast<FloatVec>(magnitude) * 0x1p24f +
-                         __builtin_convertvector(bit_cast<IntVec>(noise), FloatVec) * 0x1p-13f;
-  const IntVec is_tiny = magnitude < 0x38800000u;
-  // Only tiny numbers are converted: the others may not fit.
-  const IntVec whole = __builtin_convertvector(
-      bit_cast<FloatVec>(bit_cast<WordVec>(units) & bit_cast<WordVec>(is_tiny)), IntVec);
-  const FloatVec cut = __builtin_convertvector(whole, FloatVec) * 0x1p-24f;
-  const WordVec tiny = bit_cast<WordVec>(cut) | (bits & 0x80000000u);
+  const WordVec noise = random & 0x1FFFu;
   Vec rounded;
-  set_bits(rounded, (tiny & bit_cast<WordVec>(is_tiny)) | (normal & ~bit_cast<WordVec>(is_tiny)));
+  set_bits(rounded, (bits_of(a) + noise) & 0xFFFFE000u);
+  const uint32_t is_tiny = negative(fma(magnitude(a), fill(1.0f), fill(-0x1p-14f)));
+  if (is_tiny != 0) rounded = select(is_tiny, round_tiny_at_random(a, noise, is_tiny), rounded);
   a = select(finite(a), rounded, a);
 }
 
