@@ -172,7 +172,7 @@ def rescaled(params, grads, exp_avgs, maximize=False):
         lr = np.float32(LR) * np.float32(np.float32(p.numel()) / np.float32(counts[-1] + 1))
         decay = oracle.f32(1 - LR * WD)
         step = np.float32(lr) * np.float32(u)
-        out.append(stored(np.float32(array(p) * decay - np.float64(step)), p.dtype))
+        out.append(stored((array(p) * decay - np.float64(step)).astype(np.float32), p.dtype))
     return out, counts
 
 
