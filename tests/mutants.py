@@ -1,5 +1,5 @@
 """Breaks a copy of the library on purpose, one mutant after the other, and shows that the tests
-notice each. `make mutants` runs all of them (about twenty minutes on two cores); exit code 1 where
+notice each. `make mutants` runs all of them (about an hour on two cores); exit code 1 where
 one survives.
 """
 
