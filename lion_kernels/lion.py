@@ -347,37 +347,49 @@ class Lion(Optimizer):
         """Load a state of this class or of another Lion: lion-pytorch's, google's, timm's, optimi's
         and bitsandbytes', 8-bit too. Options that the state lacks keep their present values;
         momenta take this optimizer's momentum dtype and their parameters' memory layout."""
-        groups = [interchange.translated(group) for group in state_dict["param_groups"]]
-        saved = state_dict["state"]
-        saved_ids = list(chain.from_iterable(g["params"] for g in groups))
-        params = list(chain.from_iterable(g["params"] for g in self.param_groups))
-        loaded: dict[Tensor, dict[str, Tensor]] = {p: {} for p in params}
-        for i, (number, p) in enumerate(zip(saved_ids, params, strict=False)):
-            loaded[p] = interchange.saved_tensors(saved.get(number, {}), p, f"parameter {i}")
         present = [dict(group) for group in self.param_groups]
-        # How a momentum is stored is this optimizer's own choice, not the saved one's.
-        groups = [
-            {**group, "momentum_dtype": before["momentum_dtype"]}
-            for group, before in zip(groups, present, strict=False)
-        ] + groups[len(present) :]
-        for saved_group, group in zip(groups, present, strict=False):
-            check_options({**group, **saved_group})
-        for i, (saved_group, group) in enumerate(zip(groups, present, strict=False)):
-            cautious = saved_group.get("cautious", group["cautious"])
-            check_rescale(group, i, cautious, self._rescales)
-        # torch would cast every state to its parameter's dtype.
-        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
-        for group, before in zip(self.param_groups, present, strict=True):
-            for key, value in before.items():
-                group.setdefault(key, value)
-            check_options(group)
-            for p in group["params"]:
-                if "exp_avg" in loaded[p]:
-                    states.load_momentum(self.state[p], p, momentum_dtype(group), loaded[p])
-                if "compensation" in loaded[p] and group["rounding"] == "compensated":
-                    states.load_compensation(self.state[p], p, loaded[p])
-            if "step" in group and group["params"]:
-                group["step"] = group["step"].to(group["params"][0].device)
+        loaded: dict[Tensor, dict[str, Tensor]] = {}
+
+        def read(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            groups = [interchange.translated(group) for group in state_dict["param_groups"]]
+            ids = list(chain.from_iterable(g["params"] for g in groups))
+            params = list(chain.from_iterable(g["params"] for g in self.param_groups))
+            for i, (number, p) in enumerate(zip(ids, params, strict=False)):
+                state = state_dict["state"].get(number, {})
+                loaded[p] = interchange.saved_tensors(state, p, f"parameter {i}")
+            for i, (group, before) in enumerate(zip(groups, present, strict=False)):
+                # How a momentum is stored is this optimizer's own choice, not the saved one's.
+                groups[i] = {**group, "momentum_dtype": before["momentum_dtype"]}
+                check_options({**before, **groups[i]})
+                cautious = group.get("cautious", before["cautious"])
+                check_rescale(before, i, cautious, self._rescales)
+            # torch would cast every state to its parameter's dtype.
+            return {**state_dict, "state": {}, "param_groups": groups}
+
+        def write(_: Optimizer) -> None:
+            for group, before in zip(self.param_groups, present, strict=True):
+                for key, value in before.items():
+                    group.setdefault(key, value)
+                check_options(group)
+                for p in group["params"]:
+                    saved = loaded.get(p, {})
+                    if "exp_avg" in saved:
+                        states.load_momentum(self.state[p], p, momentum_dtype(group), saved)
+                    if "compensation" in saved and group["rounding"] == "compensated":
+                        states.load_compensation(self.state[p], p, saved)
+                if "step" in group and group["params"]:
+                    group["step"] = group["step"].to(group["params"][0].device)
+
+        # Behind the hooks that users registered to change the state, before those that look at it.
+        handles = [
+            self.register_load_state_dict_pre_hook(read),
+            self.register_load_state_dict_post_hook(write, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def export_state_dict(self, library: str) -> dict[str, Any]:
         """The state as ``library`` loads it: "lion-pytorch", "google", "timm", "optimi",

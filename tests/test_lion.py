@@ -544,6 +544,25 @@ def test_a_bad_state_changes_nothing(change):
     assert torch.equal(opt.state_dict()["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
 
 
+def test_hooks_of_a_load_change_and_see_the_state():
+    (p,) = parameters((6,))
+    opt, seen = Lion([p], **OPTIONS), []
+    set_grads([p], 0)
+    opt.step()
+    m = opt.state[p]["exp_avg"].clone()
+
+    def halve(_, state):
+        kept = {"exp_avg": state["state"][0]["exp_avg"] / 2}
+        return {**state, "state": {0: kept}}
+
+    opt.register_load_state_dict_pre_hook(halve)
+    opt.register_load_state_dict_post_hook(lambda o: seen.append(o.state[p]["exp_avg"].clone()))
+    opt.load_state_dict(opt.state_dict())
+    assert torch.equal(seen[0], m / 2) and torch.equal(opt.state[p]["exp_avg"], m / 2)
+    opt.load_state_dict(opt.state_dict())
+    assert torch.equal(seen[1], m / 4) and len(seen) == 2
+
+
 def test_a_loaded_momentum_takes_its_parameters_layout():
     p = torch.nn.Parameter(torch.randn(4, 6, 5, 3).contiguous(memory_format=torch.channels_last))
     opt = Lion([p], **OPTIONS)
