@@ -119,9 +119,6 @@ def exported_group(library: str, group: dict[str, Any], weight_decay: float) -> 
     if library.startswith("bitsandbytes"):
         return out | {"eps": 0.0}
     if library == "timm":
-        return (
-            out
-            | {"maximize": group["maximize"], "foreach": None}
-            | {"caution": group["cautious"] == "rescaled"}
-        )
+        is_cautious = group["cautious"] == "rescaled"
+        return out | {"maximize": group["maximize"], "caution": is_cautious, "foreach": None}
     return out

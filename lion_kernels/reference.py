@@ -80,17 +80,23 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
     return _like_storage(torch.where(flat == -128, torch.nan, m), q)
 
 
-def _read(m: Tensor, i: int, scales: Sequence[Tensor] | None) -> Tensor:
-    return m.float() if m.dtype != torch.int8 or scales is None else dequantize(m, scales[i])
+def read_momentum(m: Tensor, scale: Tensor | None) -> Tensor:
+    """A momentum of any storage dtype as floats: itself where it is no int8 one."""
+    return m if m.dtype != torch.int8 or scale is None else dequantize(m, scale)
 
 
-def _write(m: Tensor, i: int, scales: Sequence[Tensor] | None, value: Tensor) -> None:
-    if m.dtype != torch.int8 or scales is None:
+def write_momentum(m: Tensor, scale: Tensor | None, value: Tensor) -> None:
+    """Store floats of any strides into a momentum and, where it is int8, its scales."""
+    if m.dtype != torch.int8 or scale is None:
         m.copy_(value)
     else:
-        q, scale = quantize(torch.empty_like(m, dtype=torch.float32).copy_(value))
+        q, new_scale = quantize(torch.empty_like(m, dtype=torch.float32).copy_(value))
         m.copy_(q)
-        scales[i].copy_(scale)
+        scale.copy_(new_scale)
+
+
+def _scale(scales: Sequence[Tensor] | None, i: int) -> Tensor | None:
+    return scales[i] if scales else None
 
 
 def _fma(a: Tensor, b: float, c: Tensor) -> Tensor:
@@ -151,7 +157,7 @@ def lion_step(
     decay = _f32(1 - lr.item() * weight_decay)
     put = _Rounding(params, rounding, lows, seed, step)
     for i, (g, exp_avg) in enumerate(zip(grads, exp_avgs, strict=True)):
-        m = _read(exp_avg, i, scales)
+        m = read_momentum(exp_avg, _scale(scales, i)).float()
         c = _interpolate(m, g, beta1, maximize, grad_scale)
         next_m = _interpolate(m, g, beta2, maximize, grad_scale)
         sign = _cautious(c.sign(), g, maximize) if cautious else c.sign()
@@ -169,7 +175,7 @@ def lion_step(
             next_p = torch.where(skip, p, next_p)
             next_m = torch.where(skip, m, next_m)
         put.store(i, next_p)
-        _write(exp_avg, i, scales, next_m)
+        write_momentum(exp_avg, _scale(scales, i), next_m)
     if step is not None:
         step += 1
 
@@ -188,7 +194,7 @@ def count_agreeing(
         grads, exp_avgs, agreeing, beta1, maximize, grad_scale, scales
     )  # fmt: skip
     for i, (g, exp_avg) in enumerate(zip(grads, exp_avgs, strict=True)):
-        c = _interpolate(_read(exp_avg, i, scales), g, beta1, maximize, grad_scale)
+        c = _interpolate(read_momentum(exp_avg, _scale(scales, i)), g, beta1, maximize, grad_scale)
         agreeing[i] += (_cautious(c.sign(), g, maximize).abs() == 1).sum()
 
 
@@ -222,7 +228,7 @@ def encode(
     flat = torch.zeros(shards * words_per_shard * BITS_PER_WORD, dtype=torch.int64)
     word = 0
     for i, (g, exp_avg) in enumerate(zip(grads, exp_avgs, strict=True)):
-        m = _read(exp_avg, i, scales)
+        m = read_momentum(exp_avg, _scale(scales, i)).float()
         vote = torch.zeros_like(m)
         if g is not None:
             c = _interpolate(m, g, beta1, maximize, grad_scale)
@@ -230,7 +236,7 @@ def encode(
             vote = _cautious(c.sign(), g, maximize) if cautious else c.sign()
             vote = torch.where(abstain, 0.0, vote)
             next_m = _interpolate(m, g, beta2, maximize, grad_scale)
-            _write(exp_avg, i, scales, torch.where(abstain, m, next_m))
+            write_momentum(exp_avg, _scale(scales, i), torch.where(abstain, m, next_m))
             nonfinite += abstain.sum()
         votes = _storage_order(torch.empty_like(m).copy_(vote)).long()
         if n_planes == 2:

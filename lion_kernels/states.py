@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lion_kernels import _ops, kernels
 from lion_kernels.layout import MOMENTUM_BLOCK, blocks_of
-from lion_kernels.reference import dequantize, quantize
+from lion_kernels.reference import read_momentum, write_momentum
 
 
 def is_dense(t: Tensor) -> bool:
@@ -95,27 +95,16 @@ def scales_of(state: dict[str, Tensor]) -> Tensor:
     return local(scales).flatten()[:blocks] if is_distributed(scales) else scales
 
 
-def read_momentum(state: dict[str, Tensor]) -> Tensor:
-    """This rank's momentum as floats, shaped and strided as it is."""
+def _parts(state: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """This rank's momentum, and its scales where it is int8."""
     m = local(state["exp_avg"])
-    return dequantize(m, scales_of(state)) if m.dtype == torch.int8 else m
+    return m, scales_of(state) if m.dtype == torch.int8 else None
 
 
 def float32_momentum(state: dict[str, Tensor]) -> Tensor:
     """A copy of this rank's momentum in float32, or complex64."""
-    m = read_momentum(state)
+    m = read_momentum(*_parts(state))
     return m.clone() if m.is_complex() else m.to(torch.float32, copy=True)
-
-
-def _write_momentum(state: dict[str, Tensor], p: Tensor, value: Tensor) -> None:
-    """Store float values of any strides into this rank's momentum."""
-    m = local(state["exp_avg"])
-    if m.dtype == torch.int8:
-        q, scales = quantize(torch.empty_like(local(p), dtype=torch.float32).copy_(value))
-        m.copy_(q)
-        scales_of(state).copy_(scales)
-    else:
-        m.copy_(value)
 
 
 def _zeros(p: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -141,7 +130,7 @@ def momentum(state: dict[str, Tensor], p: Tensor, dtype: torch.dtype | None) -> 
         if dtype == torch.int8:
             state["exp_avg_scale"] = _zero_scales(p)
         if "exp_avg" in before:
-            _write_momentum(state, p, read_momentum(before))
+            write_momentum(*_parts(state), read_momentum(*_parts(before)))
     return local(state["exp_avg"])
 
 
@@ -157,6 +146,13 @@ def compensation(state: dict[str, Tensor], p: Tensor) -> Tensor:
         if before is not None:
             local(state["compensation"]).copy_(local(before))
     return local(state["compensation"])
+
+
+# Blocks go by storage: another memory format, or other shards, have others.
+_RECUT = (
+    "an int8 momentum loads into the memory format and the shards that it was saved from, an "
+    "export_state_dict() anywhere"
+)
 
 
 def check_scales(q: Tensor, scales: Tensor | None, p: Tensor, where: str) -> None:
@@ -182,13 +178,6 @@ def check_scales(q: Tensor, scales: Tensor | None, p: Tensor, where: str) -> Non
         raise ValueError(f"the exp_avg_scale of {where} is not that of its int8 exp_avg: {_RECUT}")
 
 
-# Blocks go by storage: another memory format, or other shards, have others.
-_RECUT = (
-    "an int8 momentum loads into the memory format and the shards that it was saved from, an "
-    "export_state_dict() anywhere"
-)
-
-
 def load_momentum(
     state: dict[str, Tensor], p: Tensor, dtype: torch.dtype | None, saved: dict[str, Tensor]
 ) -> None:
@@ -198,7 +187,7 @@ def load_momentum(
         m.copy_(source)
         scales_of(state).copy_(scales_of(saved))
     else:
-        _write_momentum(state, p, read_momentum(saved))
+        write_momentum(*_parts(state), read_momentum(*_parts(saved)))
 
 
 def load_compensation(state: dict[str, Tensor], p: Tensor, saved: dict[str, Tensor]) -> None:
