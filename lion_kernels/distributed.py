@@ -6,6 +6,7 @@ a parameter after the vote.
 """
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,17 +15,22 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
+from lion_kernels import double, states
 from lion_kernels.agreement import (
     Fact,
     broadcast_parameters,
     compare_facts,
     compare_parameters,
+    union_of,
 )
-from lion_kernels.checks import label
+from lion_kernels.bucket import Bucket
+from lion_kernels.checks import check_voter, is_whole, label
+from lion_kernels.dense import memory_order
 from lion_kernels.exchange import EXCHANGES, Buffers, choose
 from lion_kernels.layout import MAX_SCALE, WIRE_VERSION, BallotLayout
 from lion_kernels.lion import Lion
-from lion_kernels.options import lr_tensor, weight_decay
+from lion_kernels.options import betas, check_choice, check_integer, lr_tensor, weight_decay
+from lion_kernels.scaling import Scaling
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +41,8 @@ CHOICES = {
     "exchange": ("auto", *EXCHANGES),
 }
 
-
+# Marks the seed of the coins of float64 ballots.
+_DOUBLES = 0x40
 # Of a group, the same on every rank.
 OPTIONS = (
     "lr", "betas", "weight_decay", "maximize", "momentum_dtype", "rounding",
@@ -81,8 +88,6 @@ class DistributedLion(Lion):
             where ranks differ in shapes, dtypes, strides, options, seed or wire format.
     """
 
-    _rescales = False
-
     def __init__(
         self,
         params: ParamsT,
@@ -107,10 +112,9 @@ class DistributedLion(Lion):
     ) -> None:
         given = {"aggregation": aggregation, "ballots": ballots, "ties": ties, "exchange": exchange}
         for name, value in given.items():
-            if value not in CHOICES[name]:
-                raise ValueError(f"{name} must be one of {CHOICES[name]}, got {value!r}")
-        if check_every < 0:
-            raise ValueError(f"check_every must be at least 0, got {check_every}")
+            check_choice(name, value, CHOICES[name])
+        check_choice("broadcast", broadcast, (False, True))
+        check_every = check_integer("check_every", check_every, "at least 0")
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
                 "DistributedLion needs a process group: call "
@@ -127,7 +131,8 @@ class DistributedLion(Lion):
         self.aggregation, self.ballots, self.ties = aggregation, ballots, ties
         self.exchange = choose(self._world_size) if exchange == "auto" else exchange
         self._broadcast, self._check_every = broadcast, check_every
-        self._buffers: dict[int, Buffers] = {}
+        self._buffers: dict[tuple[int, bool], Buffers] = {}
+        self._voters: dict[int, list[int]] = {}  # of each group, the same on every rank
         self._steps = self._wire_bytes = 0
         self._votes = self._world_size > 1
         self._constructed = False
@@ -156,16 +161,19 @@ class DistributedLion(Lion):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group on every rank; compared, and broadcast, like those at construction."""
+        before = len(self.param_groups)
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        device = group["params"][0].device if group["params"] else None
-        group.setdefault("step", torch.zeros((), dtype=torch.int64, device=device))
-        if self._constructed:
-            try:
+        try:
+            group = self.param_groups[before]
+            states.step_counter(group, torch.device("cpu"))
+            for i, p in enumerate(group["params"]):
+                if p.requires_grad:
+                    check_voter(group, before, i)
+            if self._constructed:
                 self._agree([group])
-            except RuntimeError:
-                self.param_groups.pop()
-                raise
+        except BaseException:
+            del self.param_groups[before:]
+            raise
 
     def _number(self, group: dict[str, Any]) -> int:
         return next(i for i, g in enumerate(self.param_groups) if g is group)
@@ -190,13 +198,14 @@ class DistributedLion(Lion):
                     value = tuple(value)
                 facts.append((f"{option} of group {number}", value))
             facts.append((f"number of parameters of group {number}", len(group["params"])))
-            for i, p in enumerate(group["params"]):
+            names = group.get("param_names", [""] * len(group["params"]))
+            for i, (p, name) in enumerate(zip(group["params"], names, strict=True)):
                 where = f"parameter {i} of group {number}"
-                strides = torch.empty_like(p, device="meta").stride()
                 facts += [
-                    (f"shape of {where}", tuple(p.shape)),
+                    (f"name of {where}", name),
+                    (f"shape of {where}", tuple(p.shape) if is_whole(p) else "a part"),
                     (f"dtype of {where}", p.dtype),
-                    (f"memory layout of {where}", tuple(strides)),
+                    (f"memory layout of {where}", memory_order(p)),
                     (f"requires_grad of {where}", p.requires_grad),
                 ]
         return facts
@@ -205,7 +214,7 @@ class DistributedLion(Lion):
         compare_facts(self._facts(groups), self._group)
         if self._broadcast:
             params = [p.detach() for group in groups for p in group["params"]]
-            broadcast_parameters(params, self._group)
+            broadcast_parameters([p for p in params if is_whole(p)], self._group)
 
     def verify_replicas(self) -> None:
         """Compare a 64-bit hash of every parameter over the ranks; raise RuntimeError on every
@@ -213,6 +222,8 @@ class DistributedLion(Lion):
         params, labels = [], []
         for number, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
+                if not is_whole(p):
+                    continue
                 params.append(p.detach())
                 labels.append(label(group, number, i))
                 if "compensation" in self.state.get(p, {}):
@@ -225,90 +236,129 @@ class DistributedLion(Lion):
         if self._check_every and self._steps % self._check_every == 0:
             self.verify_replicas()
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _members(self, number: int, group: dict[str, Any]) -> list[int]:
+        """The indices of the parameters that this rank votes on or abstains from: those that have
+        had a gradient, or might, on any rank. Ranks agree on them at a group's first step, and
+        again where one gets a gradient that none expected, in the same step on every rank."""
         if self._world_size == 1:
-            super()._step_group(group)
-        else:
-            self._vote(group)
+            return super()._members(number, group)
+        known = self._voters.get(number)
+        mine = {i for i, p in enumerate(group["params"]) if p.requires_grad or p.grad is not None}
+        if known is None or not mine.issubset(known):
+            self._voters[number] = known = union_of(mine.union(known or ()), self._group)
+        return known
 
-    def _agreed(self, found_inf: Tensor | None) -> Tensor | None:
+    def _check(self, members: list[list[int]]) -> None:
+        super()._check(members)
+        for number, indices in enumerate(members):
+            group = self.param_groups[number]
+            if group["nonfinite"] != "skip":
+                raise ValueError(
+                    "nonfinite is not for DistributedLion, where a vote that is not finite "
+                    f"abstains: group {number} has {group['nonfinite']!r}"
+                )
+            for i in indices:
+                check_voter(group, number, i)
+
+    def _step_group(self, number: int, buckets: list[Bucket], scaling: Scaling) -> None:
+        if self._world_size == 1:
+            super()._step_group(number, buckets, scaling)
+            return
+        group = self.param_groups[number]
+        for i, bucket in enumerate(buckets):
+            step = states.step_counter(group, bucket.device)
+            is_last = i == len(buckets) - 1
+            self._vote(number, bucket, scaling.to(bucket.device), step if is_last else step.clone())
+
+    def _agreed(self, scaling: Scaling) -> Scaling:
         """Ranks scale and overflow on their own; a step that one of them skips, all must skip,
         before a momentum moves. Four bytes in one all-reduce, only under a GradScaler."""
-        if found_inf is None or self._world_size == 1:
-            return found_inf
-        agreed = found_inf.clone()
+        if scaling.found_inf is None or self._world_size == 1:
+            return scaling
+        agreed = scaling.found_inf.clone()
         dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self._group)
-        return agreed
+        return replace(scaling, found_inf=agreed)
 
     def _verdict_planes(self) -> int:
         if self.aggregation == "average":
             return self._vote_scale.bit_length()
         return 2 if self.ties == "zero" and self._vote_scale % 2 == 0 else 1
 
-    def _buffers_for(self, group: dict[str, Any], batch_numels: tuple[int, ...]) -> Buffers:
-        """The group's buffers; built anew, and the ranks compared again, when the list of
-        parameters that require a gradient changed."""
-        number, device = self._number(group), group["params"][0].device
-        buffers = self._buffers.get(number)
-        if buffers is None or buffers.layout.numels != batch_numels:
-            if buffers is not None:
-                compare_facts(self._facts([group]), self._group)
+    def _buffers_for(self, number: int, bucket: Bucket) -> Buffers:
+        """The buffers of a group's bucket; built anew when the list of voters changed."""
+        numels, key = tuple(p.numel() for p in bucket.params), (number, bucket.is_double)
+        buffers = self._buffers.get(key)
+        is_same = buffers is not None and buffers.layout.numels == numels
+        if buffers is None or not is_same or buffers.ballot.device != bucket.device:
             layout = BallotLayout(
-                numels=batch_numels,
+                numels=numels,
                 planes=1 if self.ballots == "binary" else 2,
                 shards=self._world_size if self.exchange == "sharded" else 1,
             )
-            buffers = Buffers.allocate(layout, self._verdict_planes(), self._world_size, device)
-            self._buffers[number] = buffers
+            planes, n = self._verdict_planes(), self._world_size
+            buffers = Buffers.allocate(layout, planes, n, bucket.device)
+            self._buffers[key] = buffers
         return buffers
 
-    def _vote(self, group: dict[str, Any]) -> None:
-        batch = self._batch(group, abstain=True)
-        if not batch.params:
-            return
-        buffers = self._buffers_for(group, tuple(p.numel() for p in batch.params))
+    def _vote(self, number: int, bucket: Bucket, scaling: Scaling, step: Tensor) -> None:
+        group, buffers = self.param_groups[number], self._buffers_for(number, bucket)
         layout, ops = buffers.layout, torch.ops.lion_kernels
-        device = batch.params[0].device
-        grad_scale, found_inf = self._amp(device)
+        maximize, is_cautious = bool(group["maximize"]), bool(group["cautious"])
+        encoded = bucket
+        if bucket.is_double:
+            encoded = double.ballot(
+                bucket, betas=betas(group), maximize=maximize, grad_scale=scaling.grad_scale,
+                found_inf=scaling.found_inf, cautious=is_cautious,
+            )  # fmt: skip
+        # Other coins than those of the group's other ballot, at the same places.
+        seed = self.seed ^ _DOUBLES if bucket.is_double else self.seed
         ops.encode(
-            batch.grads,
-            batch.exp_avgs,
+            encoded.grads,
+            encoded.exp_avgs,
             layout.planes_of(buffers.ballot),
             layout.flags_of(buffers.ballot),
-            *group["betas"],
-            group["maximize"],
-            self.seed,
+            *betas(group),
+            maximize,
+            seed,
             self._rank,
-            group["step"],
-            self._counter(device),
-            grad_scale,
-            found_inf,
-            group["cautious"],
-            batch.scales,
+            step,
+            self._counter(bucket.device),
+            None if bucket.is_double else scaling.grad_scale,
+            scaling.found_inf,
+            is_cautious,
+            encoded.scales,
         )
 
         def count(ballots: Tensor, verdict: Tensor, first_word: int) -> None:
             if self.aggregation == "average":
                 ops.tally(ballots, verdict, self._vote_scale)
             else:
-                ops.elect(ballots, verdict, self._vote_scale, first_word, self.seed, group["step"])
+                ops.elect(ballots, verdict, self._vote_scale, first_word, seed, step)
 
         self._wire_bytes += EXCHANGES[self.exchange](buffers, self._group, count)
 
         # A majority verdict stands for -1, (0,) +1 in one or two planes: scale 1 or 2.
         planes = buffers.verdict.shape[1]
+        scale = self._vote_scale if self.aggregation == "average" else planes
+        lr, decay = lr_tensor(group), weight_decay(group)
+        is_cautious_decay = bool(group["cautious_weight_decay"])
         ops.apply(
-            batch.params,
+            encoded.params,
             buffers.verdict,
             layout.flags_of(buffers.received),
-            self._vote_scale if self.aggregation == "average" else planes,
-            lr_tensor(group),
-            weight_decay(group),
-            group["step"],
-            found_inf,
-            group["rounding"],
-            batch.lows,
-            self.seed,
-            group["cautious_weight_decay"],
+            scale,
+            lr_tensor({"lr": double.BALLOT_LR}) if bucket.is_double else lr,
+            double.BALLOT_DECAY if bucket.is_double else decay,
+            step,
+            scaling.found_inf,
+            "nearest" if bucket.is_double else group["rounding"],
+            encoded.lows,
+            seed,
+            is_cautious_decay and not bucket.is_double,
         )
-        batch.write_back()
+        if bucket.is_double:
+            double.apply(
+                bucket, encoded, scale=scale, lr=lr, weight_decay=decay,
+                cautious_decay=is_cautious_decay,
+            )  # fmt: skip
+        bucket.write_back()

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels.states import check_scales, is_distributed
+from lion_kernels.dense import is_distributed
+from lion_kernels.states import KEYS
 
 LIBRARIES = ("lion-pytorch", "google", "timm", "optimi", "bitsandbytes", "bitsandbytes-8bit")
 # Elements of a block of bitsandbytes' 8-bit states, newest first.
 _BLOCKS = (256, 2048)
+_QUANTIZED = "__bnb_optimizer_quant_state__"
+# Its keys of a state.
+_BITSANDBYTES = (_QUANTIZED, "state1", "qmap1", "absmax1", "max1", "new_max1", "gnorm_vec")
 # It keeps smaller tensors in float32.
 _SMALLEST_8_BIT = 4096
 
@@ -43,30 +47,16 @@ def translated(group: dict[str, Any]) -> dict[str, Any]:
     return group
 
 
-def saved_tensors(state: dict[str, Any], p: Any, where: str) -> dict[str, Tensor]:
-    """The tensors of a parameter's saved state by this library's keys; raises ValueError where
-    they do not fit the parameter or each other."""
-    state = {**state, **state.get("__bnb_optimizer_quant_state__", {})}
-    found = {key: state[key] for key in ("exp_avg", "compensation") if state.get(key) is not None}
-    if state.get("state1") is not None:
-        found["exp_avg"] = _momentum_of_bitsandbytes(state, where)
-    for key, tensor in found.items():
-        if tensor.shape != p.shape:
-            raise ValueError(
-                f"the {key} of {where} must have shape {tuple(p.shape)}, got {tuple(tensor.shape)}"
-            )
-        cut, wanted = (
-            (t.device_mesh, t.placements) if is_distributed(t) else None for t in (tensor, p)
-        )
-        if cut != wanted:
-            raise ValueError(
-                f"the {key} of {where} must be cut as the parameter, {wanted or 'not at all'}, "
-                f"got {cut or 'no DTensor'}"
-            )
-    if "exp_avg" in found and found["exp_avg"].dtype == torch.int8:
-        check_scales(found["exp_avg"], state.get("exp_avg_scale"), p, where)
-        found["exp_avg_scale"] = state["exp_avg_scale"]
-    return found
+def split_state(state: dict[str, Any], where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A parameter's saved state as what this library keeps, by its keys, and what it does not know:
+    a wrapper's own, which torch loads. What another Lion keeps and this one does not need is in
+    neither."""
+    flat = {**state, **state.get(_QUANTIZED, {})}
+    ours = {key: flat[key] for key in KEYS if flat.get(key) is not None}
+    if flat.get("state1") is not None:
+        ours["exp_avg"] = _momentum_of_bitsandbytes(flat, where)
+    theirs = {"step", *_BITSANDBYTES} if "state1" in flat else {"kahan_comp"}
+    return ours, {key: value for key, value in state.items() if key not in {*KEYS, *theirs}}
 
 
 def _in_8_bits(m: Tensor) -> dict[str, Tensor]:

@@ -6,42 +6,30 @@ loading and saving. Imports no kernel; calls torch.ops.lion_kernels.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lion_kernels import _ops, interchange, kernels, states
-from lion_kernels.checks import (
-    check_gradient,
-    check_lr,
-    check_parameters,
-    check_plain,
-    check_rescale,
+from lion_kernels import _ops, double, interchange, release, states
+from lion_kernels.bucket import Bucket, buckets_of
+from lion_kernels.checks import check_members, check_rescale, require_kernels
+from lion_kernels.dense import cut_as
+from lion_kernels.loading import Loading
+from lion_kernels.options import (
+    betas,
+    check_choice,
+    check_integer,
+    check_options,
+    lr_tensor,
+    momentum_dtype,
+    weight_decay,
 )
-from lion_kernels.options import check_options, lr_tensor, momentum_dtype, weight_decay
-from lion_kernels.release import Release
-from lion_kernels.states import local
+from lion_kernels.scaling import Scaling, is_asked_by_a_scaler
 
-
-@dataclass
-class Batch:
-    """The tensors of one group as the ops take them: dense, real, in equal memory layouts."""
-
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor | None] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    lows: list[Tensor] | None = None  # compensated rounding only
-    scales: list[Tensor] | None = None  # int8 momenta only
-    # (parameter with gaps, its dense stand-in): copied back after the step.
-    stand_ins: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def write_back(self) -> None:
-        for p, dense in self.stand_ins:
-            p.copy_(dense)
+# Bits of stochastic rounding that differ from bucket to bucket of one step: the golden ratio's.
+_BUCKET_SEED = 0x1E3779B97F4A7C15
 
 
 class Lion(Optimizer):
@@ -106,10 +94,7 @@ class Lion(Optimizer):
         RuntimeError: the compiled library is missing; CUDA parameters without triton.
     """
 
-    # torch.amp.GradScaler leaves unscaling and skipping to optimizers that say so.
-    _step_supports_amp_scaling = True
     _votes = False
-    _rescales = True
 
     def __init__(
         self,
@@ -129,12 +114,12 @@ class Lion(Optimizer):
         seed: int = 0,
     ) -> None:
         _ops.require_native()
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
-        self.seed = seed
-        self._release = Release(self._step_one) if fused_backward else None
+        self.seed = check_integer("seed", seed, "in [0, 2**63)", below=2**63)
+        check_choice("fused_backward", fused_backward, (False, True))
+        self._release = None
+        if fused_backward:
+            self._release = release.Release(self)
         self._places: dict[Tensor, tuple[int, int]] = {}  # group and index, fused_backward only
-        self._found_inf: Tensor | None = None
         self._nonfinite: dict[torch.device, Tensor] = {}
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -152,61 +137,51 @@ class Lion(Optimizer):
         defaults.pop("reference_lr", None)  # each group's own
         super().__init__(params, defaults)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What torch.amp.GradScaler asks: whether unscaling and skipping are left to step()."""
+        return is_asked_by_a_scaler()
+
     def __getstate__(self) -> dict[str, Any]:
         if self._release is not None:
             raise TypeError("Lion with fused_backward has hooks in its parameters, and no copies")
-        ours = ("seed", "_nonfinite", "_release", "_found_inf", "_places")
+        ours = ("seed", "_nonfinite", "_release", "_places")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in ours}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; see torch.optim.Optimizer.add_param_group."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        before = len(self.param_groups)
         try:
+            super().add_param_group(param_group)
+            group, params = self.param_groups[-1], self.param_groups[-1]["params"]
             check_options(group)
-            self._check_params(group, len(self.param_groups) - 1)
-        except (ValueError, RuntimeError):
-            self.param_groups.pop()
+            check_rescale(group, before, group["cautious"], self._votes)
+            require_kernels(group, vote=self._votes)
+            if group["rounding"] == "stochastic":
+                states.step_counter(group, torch.device("cpu"))
+            release.take_over(params)
+            if self._release is not None:
+                self._release.attach(params)
+        except BaseException:
+            del self.param_groups[before:]
             raise
-        if group["rounding"] == "stochastic":
-            device = group["params"][0].device if group["params"] else None
-            group.setdefault("step", torch.zeros((), dtype=torch.int64, device=device))
-        if self._release is not None:
-            number = len(self.param_groups) - 1
-            self._places |= {p: (number, i) for i, p in enumerate(group["params"])}
-            self._release.attach(group["params"])
 
     def accumulate(self) -> AbstractContextManager[None]:
         """With fused_backward: backward passes within it add up gradients, and step nothing."""
         return nullcontext() if self._release is None else self._release.accumulate()
 
-    def _check_params(self, group: dict[str, Any], number: int) -> None:
-        check_parameters(group, number)
-        check_rescale(group, number, group["cautious"], self._rescales)
-        if self._votes:
-            check_plain(group, number, "DistributedLion votes on plain tensors")
-        if any(p.is_cuda for p in group["params"]):
-            kernels.require(vote=self._votes)
-
-    def _check(self) -> None:
-        """Raise before anything is written: options may have changed since construction."""
-        for number, group in enumerate(self.param_groups):
-            check_options(group)
-            check_lr(group, number)
-            check_rescale(group, number, group["cautious"], self._rescales)
-            for i, p in enumerate(group["params"]):
-                if p.grad is not None:
-                    check_gradient(group, number, i)
+    def close(self) -> None:
+        """With fused_backward: remove the hooks; from now on step() moves parameters, as without.
+        Also what happens when the optimizer is collected, or another is built on its parameters."""
+        if self._release is not None:
+            self._release.flush()
+            self._release.close()
+            self._release = None
 
     def float32_parameter(self, p: Tensor) -> Tensor:
         """A parameter's value as float32, with what compensated rounding keeps beside it: a new
         tensor of the parameter's shape."""
-        low, whole = self.state.get(p, {}).get("compensation"), local(p.detach()).float()
-        if low is not None and low.dtype == torch.int16:
-            whole = (whole.view(torch.int32) + local(low).int()).view(torch.float32)
-        elif low is not None:
-            whole = whole + local(low).float()
-        return states.cut_as(p, whole)
+        return cut_as(p, states.whole_parameter(self.state.get(p, {}), p))
 
     def nonfinite_count(self) -> int:
         """Elements skipped because c was not finite; waits for the device."""
@@ -217,36 +192,6 @@ class Lion(Optimizer):
             states.check_not_capturing(device)
             self._nonfinite[device] = torch.zeros(1, dtype=torch.int64, device=device)
         return self._nonfinite[device]
-
-    def _batch(self, group: dict[str, Any], abstain: bool = False) -> Batch:
-        """The group's tensors for the ops: those with a gradient, or, with ``abstain``, all that
-        require one, with None for a missing gradient."""
-        batch = Batch()
-        batch.lows = [] if group["rounding"] == "compensated" else None
-        dtype = momentum_dtype(group)
-        batch.scales = [] if dtype == torch.int8 else None
-        for param in group["params"]:
-            if not (param.requires_grad if abstain else param.grad is not None):
-                continue
-            state = self.state[param]
-            p, m = local(param), states.momentum(state, param, dtype)
-            g = None if param.grad is None else states.local_like(param.grad, param)
-            if batch.lows is not None:
-                batch.lows.append(states.compensation(state, param))
-            if batch.scales is not None:
-                batch.scales.append(states.scales_of(state))
-            if p.is_complex():
-                p, m = torch.view_as_real(p), torch.view_as_real(m)
-                g = None if g is None else torch.view_as_real(g.resolve_conj())
-            if not states.is_dense(p):
-                batch.stand_ins.append((p, torch.empty_like(p).copy_(p)))
-                p = batch.stand_ins[-1][1]
-            if g is not None and (g.stride() != p.stride() or g.is_neg()):
-                g = torch.empty_like(p).copy_(g)
-            batch.params.append(p)
-            batch.grads.append(g)
-            batch.exp_avgs.append(m)
-        return batch
 
     # torch declares step as two overloads; one signature that serves both is no override to mypy.
     @torch.no_grad()
@@ -263,7 +208,7 @@ class Lion(Optimizer):
     # torch.compiler.disable would import the compiler with this file.
     @torch._disable_dynamo
     def _update(self) -> None:
-        self._check()
+        """All checks of all groups, then all states, then the first write."""
         if self._release is not None:
             if getattr(self, "found_inf", None) is not None:
                 raise RuntimeError(
@@ -271,119 +216,163 @@ class Lion(Optimizer):
                     "gradients: use one or the other"
                 )
             self._release.end_step()
-        self._found_inf = self._agreed(getattr(self, "found_inf", None))
-        for group in self.param_groups:
-            self._step_group(group)
+        members = [self._members(i, group) for i, group in enumerate(self.param_groups)]
+        self._check(members)
+        moved = [
+            group["params"][i]
+            for group, indices in zip(self.param_groups, members, strict=True)
+            for i in indices
+        ]
+        device = moved[0].device if moved else torch.device("cpu")
+        scaling = self._agreed(Scaling.of(self, device))
+        work = [
+            self._buckets(group, indices)
+            for group, indices in zip(self.param_groups, members, strict=True)
+        ]
+        for number, buckets in enumerate(work):
+            self._step_group(number, buckets, scaling)
+        scaling.unscale(moved)
+        for group in self.param_groups if self._release is not None else ():
+            if "step" in group:
+                group["step"] += 1
         self._after_step()
 
-    def _agreed(self, found_inf: Tensor | None) -> Tensor | None:
-        """Whether to skip this step: what GradScaler found in the gradients, on any rank."""
-        return found_inf
+    def _members(self, number: int, group: dict[str, Any]) -> list[int]:
+        """The indices of the parameters that a step moves: those with a gradient."""
+        return [i for i, p in enumerate(group["params"]) if p.grad is not None]
 
-    def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """grad_scale and found_inf as the ops take them, where GradScaler set them."""
-        scale, found_inf = getattr(self, "grad_scale", None), self._found_inf
-        return (
-            None if scale is None else scale.to(device, non_blocking=True),
-            None if found_inf is None else found_inf.to(device, non_blocking=True),
-        )
+    def _check(self, members: list[list[int]]) -> None:
+        """Raise before anything is written: options may have changed since construction."""
+        for number, indices in enumerate(members):
+            group = self.param_groups[number]
+            check_options(group)
+            check_rescale(group, number, group["cautious"], self._votes)
+            if indices:
+                check_members(group, number, indices, self.state, type(self).__name__)
+
+    def _agreed(self, scaling: Scaling) -> Scaling:
+        """Whether to skip this step: what GradScaler found in the gradients, on any rank."""
+        return scaling
 
     def _after_step(self) -> None:
         """What a subclass does at the end of a step. It must not override step itself: torch wraps
         step once a class, and hooks would run once for each wrapped one."""
 
+    def _buckets(self, group: dict[str, Any], indices: list[int]) -> list[Bucket]:
+        params = [group["params"][i] for i in indices]
+        is_compensated = group["rounding"] == "compensated"
+        return buckets_of(params, self.state, momentum_dtype(group), is_compensated)
+
+    def _step_group(self, number: int, buckets: list[Bucket], scaling: Scaling) -> None:
+        group = self.param_groups[number]
+        for bucket in buckets:
+            step = None
+            if "step" in group:
+                step = states.step_counter(group, bucket.device)
+                # Of a released step, the counter advances once, at its end.
+                step = step if self._release is None else step.clone()
+            self._step_bucket(group, bucket, scaling, self.seed, step)
+
+    def _place(self, p: Tensor) -> tuple[int, int] | None:
+        """The group and the index of a parameter; None where it was taken out."""
+        number, i = self._places.get(p, (0, 0))
+        here = self.param_groups[number]["params"] if number < len(self.param_groups) else []
+        if not (i < len(here) and here[i] is p):
+            self._places = {
+                q: (number, i)
+                for number, group in enumerate(self.param_groups)
+                for i, q in enumerate(group["params"])
+            }
+        return self._places.get(p)
+
     @torch.no_grad()
-    def _step_one(self, p: Tensor) -> None:
-        """What fused_backward does with a parameter that has its gradient."""
-        number, index = self._places[p]
+    def _make_states(self) -> None:
+        for group in self.param_groups:
+            trained = [i for i, p in enumerate(group["params"]) if p.requires_grad]
+            self._buckets(group, trained)
+
+    @torch.no_grad()
+    def _step_released(self, number: int, indices: list[int]) -> None:
+        """What fused_backward does with parameters of a group that have their gradients. Each
+        bucket rounds with bits of its own; the counter is the step's."""
         group = self.param_groups[number]
         check_options(group)
-        check_lr(group, number)
-        check_gradient(group, number, index)
-        self._step_group({**group, "params": [p]})
+        check_members(group, number, indices, self.state, type(self).__name__)
+        seed = (self.seed + _BUCKET_SEED * (1 + indices[0])) % 2**63
+        for bucket in self._buckets(group, indices):
+            step = None
+            if "step" in group:
+                step = states.step_counter(group, bucket.device).clone()
+            self._step_bucket(group, bucket, Scaling(), seed, step)
 
     def _agreeing(
-        self, group: dict[str, Any], batch: Batch, grad_scale: Tensor | None
+        self, group: dict[str, Any], bucket: Bucket, grad_scale: Tensor | None
     ) -> Tensor | None:
         """Of each tensor, the elements that a rescaled cautious update moves."""
         if group["cautious"] != "rescaled":
             return None
-        device = batch.params[0].device
-        counts = torch.zeros(len(batch.params), dtype=torch.int64, device=device)
+        counts = torch.zeros(len(bucket.params), dtype=torch.int64, device=bucket.device)
         torch.ops.lion_kernels.count_agreeing(
-            batch.grads, batch.exp_avgs, counts, group["betas"][0], group["maximize"],
-            grad_scale, batch.scales,
+            bucket.grads, bucket.exp_avgs, counts, betas(group)[0], bool(group["maximize"]),
+            grad_scale, bucket.scales,
         )  # fmt: skip
         return counts
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        batch = self._batch(group)
-        if batch.params:
-            device = batch.params[0].device
-            grad_scale, found_inf = self._amp(device)
-            torch.ops.lion_kernels.lion_step(
-                batch.params,
-                batch.grads,
-                batch.exp_avgs,
-                lr_tensor(group),
-                *group["betas"],
-                weight_decay(group),
-                group["maximize"],
-                self._counter(device) if group["nonfinite"] == "skip" else None,
-                grad_scale,
-                found_inf,
-                group["rounding"],
-                batch.lows,
-                self.seed,
-                group.get("step"),
-                bool(group["cautious"]),
-                group["cautious_weight_decay"],
-                batch.scales,
-                self._agreeing(group, batch, grad_scale),
+    def _step_bucket(
+        self,
+        group: dict[str, Any],
+        bucket: Bucket,
+        scaling: Scaling,
+        seed: int,
+        step: Tensor | None,
+    ) -> None:
+        scaling = scaling.to(bucket.device)
+        nonfinite = self._counter(bucket.device) if group["nonfinite"] == "skip" else None
+        if bucket.is_double:
+            double.step(
+                bucket,
+                lr=lr_tensor(group),
+                betas=betas(group),
+                weight_decay=weight_decay(group),
+                maximize=bool(group["maximize"]),
+                nonfinite=nonfinite,
+                grad_scale=scaling.grad_scale,
+                found_inf=scaling.found_inf,
+                cautious=group["cautious"],
+                cautious_decay=bool(group["cautious_weight_decay"]),
             )
-            batch.write_back()
+            return
+        torch.ops.lion_kernels.lion_step(
+            bucket.params,
+            bucket.grads,
+            bucket.exp_avgs,
+            lr_tensor(group),
+            *betas(group),
+            weight_decay(group),
+            bool(group["maximize"]),
+            nonfinite,
+            scaling.grad_scale,
+            scaling.found_inf,
+            group["rounding"],
+            bucket.lows,
+            seed,
+            step,
+            bool(group["cautious"]),
+            bool(group["cautious_weight_decay"]),
+            bucket.scales,
+            self._agreeing(group, bucket, scaling.grad_scale),
+        )
+        bucket.write_back()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of another Lion: lion-pytorch's, google's, timm's, optimi's
         and bitsandbytes', 8-bit too. Options that the state lacks keep their present values;
         momenta take this optimizer's momentum dtype and their parameters' memory layout."""
-        present = [dict(group) for group in self.param_groups]
-        loaded: dict[Tensor, dict[str, Tensor]] = {}
-
-        def read(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            groups = [interchange.translated(group) for group in state_dict["param_groups"]]
-            ids = list(chain.from_iterable(g["params"] for g in groups))
-            params = list(chain.from_iterable(g["params"] for g in self.param_groups))
-            for i, (number, p) in enumerate(zip(ids, params, strict=False)):
-                state = state_dict["state"].get(number, {})
-                loaded[p] = interchange.saved_tensors(state, p, f"parameter {i}")
-            for i, (group, before) in enumerate(zip(groups, present, strict=False)):
-                # How a momentum is stored is this optimizer's own choice, not the saved one's.
-                groups[i] = {**group, "momentum_dtype": before["momentum_dtype"]}
-                check_options({**before, **groups[i]})
-                cautious = group.get("cautious", before["cautious"])
-                check_rescale(before, i, cautious, self._rescales)
-            # torch would cast every state to its parameter's dtype.
-            return {**state_dict, "state": {}, "param_groups": groups}
-
-        def write(_: Optimizer) -> None:
-            for group, before in zip(self.param_groups, present, strict=True):
-                for key, value in before.items():
-                    group.setdefault(key, value)
-                check_options(group)
-                for p in group["params"]:
-                    saved = loaded.get(p, {})
-                    if "exp_avg" in saved:
-                        states.load_momentum(self.state[p], p, momentum_dtype(group), saved)
-                    if "compensation" in saved and group["rounding"] == "compensated":
-                        states.load_compensation(self.state[p], p, saved)
-                if "step" in group and group["params"]:
-                    group["step"] = group["step"].to(group["params"][0].device)
-
+        loading = Loading(self, self._votes)
         # Behind the hooks that users registered to change the state, before those that look at it.
         handles = [
-            self.register_load_state_dict_pre_hook(read),
-            self.register_load_state_dict_post_hook(write, prepend=True),
+            self.register_load_state_dict_pre_hook(loading.read),
+            self.register_load_state_dict_post_hook(loading.write, prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
@@ -407,7 +396,7 @@ class Lion(Optimizer):
             steps = int(group.get("step", 1))
             for p, number in zip(group["params"], ids["params"], strict=True):
                 if "exp_avg" in self.state.get(p, {}):
-                    m = states.cut_as(p, states.float32_momentum(self.state[p]))
+                    m = cut_as(p, states.exact_momentum(self.state[p]))
                     state = interchange.exported_state(library, m, p, steps)
                     exported["state"][number] = state
         return exported

@@ -1,8 +1,10 @@
 """What an optimizer keeps beside its parameters: momenta and compensations, in the memory layout of
-their parameters. Knows no steps and no other library.
+their parameters and on their devices. Knows no steps and no other library.
 
-Keys: "exp_avg"; "exp_avg_scale", the scales of an int8 one; "compensation". Parameters that are
-DTensors have DTensors as state, so that each rank saves its shard.
+Keys: "exp_avg"; "exp_avg_scale", the scales of an int8 one; "compensation", in its parameter's
+dtype: of a float16 parameter the value that is dropped, of a bfloat16 one the 16 bits, which no
+collective would carry as integers. Parameters that are DTensors have DTensors as state, so that
+each rank saves its shard.
 """
 
 from collections.abc import Sequence
@@ -12,43 +14,11 @@ import torch
 from torch import Tensor
 
 from lion_kernels import _ops, kernels
+from lion_kernels.dense import is_dense, is_distributed, local
 from lion_kernels.layout import MOMENTUM_BLOCK, blocks_of
 from lion_kernels.reference import read_momentum, write_momentum
 
-
-def is_dense(t: Tensor) -> bool:
-    """Whether ``t`` occupies one run of storage without gaps or overlaps, in any order."""
-    return t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t)
-
-
-def is_distributed(t: Tensor) -> bool:
-    """Whether ``t`` is a DTensor; imports nothing of torch.distributed."""
-    return hasattr(t, "to_local")
-
-
-def local(t: Any) -> Tensor:
-    """This rank's shard of a DTensor; any other tensor itself."""
-    return t.to_local() if is_distributed(t) else t
-
-
-def cut_as(p: Any, shard: Tensor) -> Tensor:
-    """``shard`` as this rank's part of a DTensor that is cut as ``p`` is; itself where ``p`` is
-    none."""
-    if not is_distributed(p):
-        return shard
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-    )
-
-
-def local_like(t: Any, p: Any) -> Tensor:
-    """This rank's part of ``t``, cut as ``p`` is: a gradient of a replicated parameter may be a sum
-    that is still to be made."""
-    if is_distributed(t) and t.placements != p.placements:
-        t = t.redistribute(placements=p.placements)
-    return local(t)
+KEYS = ("exp_avg", "exp_avg_scale", "compensation")
 
 
 def check_not_capturing(device: torch.device) -> None:
@@ -101,10 +71,11 @@ def _parts(state: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     return m, scales_of(state) if m.dtype == torch.int8 else None
 
 
-def float32_momentum(state: dict[str, Tensor]) -> Tensor:
-    """A copy of this rank's momentum in float32, or complex64."""
+def exact_momentum(state: dict[str, Tensor]) -> Tensor:
+    """A copy of this rank's momentum in float32, or in its own dtype where that holds more."""
     m = read_momentum(*_parts(state))
-    return m.clone() if m.is_complex() else m.to(torch.float32, copy=True)
+    more = m.is_complex() or m.dtype == torch.float64
+    return m.clone() if more else m.to(torch.float32, copy=True)
 
 
 def _zeros(p: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -112,19 +83,32 @@ def _zeros(p: Tensor, dtype: torch.dtype | None) -> Tensor:
     return torch.zeros_like(p, dtype=dtype)
 
 
-def _fits(t: Tensor, p: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a state tensor has its dtype and the memory layout of its parameter, whose memory
-    format may have changed."""
+def _lies_as(t: Tensor, p: Tensor) -> bool:
+    """Whether a state tensor has the memory layout of its parameter, whose memory format may have
+    changed."""
     here = local(p)
-    return t.dtype == dtype and (local(t).stride() == here.stride() or not is_dense(here))
+    return local(t).stride() == here.stride() or not is_dense(here)
+
+
+def _follow(state: dict[str, Tensor], p: Tensor) -> None:
+    """Move what is kept to the parameter's device."""
+    for key in KEYS:
+        if key in state and state[key].device != p.device:
+            check_not_capturing(p.device)
+            state[key] = state[key].to(p.device)
 
 
 def momentum(state: dict[str, Tensor], p: Tensor, dtype: torch.dtype | None) -> Tensor:
     """This rank's momentum in a storage dtype (None: the parameter's), made where it is missing,
-    made anew where it does not fit."""
+    moved or converted where the parameter was."""
     dtype = p.dtype if dtype is None else dtype
-    if "exp_avg" not in state or not _fits(state["exp_avg"], p, dtype):
-        before = dict(state)
+    _follow(state, p)
+    before = dict(state)
+    if (
+        "exp_avg" not in state
+        or state["exp_avg"].dtype != dtype
+        or not _lies_as(before["exp_avg"], p)
+    ):
         state["exp_avg"] = _zeros(p, dtype)
         state.pop("exp_avg_scale", None)
         if dtype == torch.int8:
@@ -135,17 +119,70 @@ def momentum(state: dict[str, Tensor], p: Tensor, dtype: torch.dtype | None) -> 
 
 
 def compensation(state: dict[str, Tensor], p: Tensor) -> Tensor:
-    """What compensated rounding keeps beside this rank's parameter, made where it is missing; empty
-    for a storage type that drops nothing."""
+    """What compensated rounding keeps beside this rank's parameter, as the ops take it, made where
+    it is missing; empty for a storage type that drops nothing."""
     dtype = _ops.low_dtype(p.dtype)
     if dtype is None:
         return torch.empty(0, device=p.device)
+    _follow(state, p)
     before = state.get("compensation")
-    if before is None or not _fits(before, p, dtype):
-        state["compensation"] = _zeros(p, dtype)
-        if before is not None:
-            local(state["compensation"]).copy_(local(before))
-    return local(state["compensation"])
+    if before is None or before.dtype != p.dtype:
+        state["compensation"] = _zeros(p, p.dtype)
+    elif not _lies_as(before, p):
+        state["compensation"] = _zeros(p, p.dtype)
+        local(state["compensation"]).copy_(local(before))
+    return local(state["compensation"]).view(dtype)
+
+
+def whole_parameter(state: dict[str, Tensor], p: Tensor) -> Tensor:
+    """This rank's part of a parameter in float32, with its compensation: a new tensor."""
+    low, whole = state.get("compensation"), local(p.detach()).to(torch.float32, copy=True)
+    if low is None or low.dtype != p.dtype:
+        return whole
+    if p.dtype == torch.float16:
+        return whole + local(low).float()
+    return (whole.view(torch.int32) + local(low).view(torch.int16).int()).view(torch.float32)
+
+
+def step_counter(group: dict[str, Any], device: torch.device) -> Tensor:
+    """The group's counter of steps, which coins are hashed from: int64, 0-d, on ``device``."""
+    step = group.get("step", 0)
+    if not isinstance(step, Tensor):
+        check_not_capturing(device)
+        step = torch.tensor(int(step), dtype=torch.int64)
+    if step.device != device:
+        check_not_capturing(device)
+        step = step.to(device)
+    group["step"] = step
+    return step
+
+
+def _cut(t: Any) -> Any:
+    """How a DTensor is cut; None for any other tensor."""
+    return (t.device_mesh, t.placements) if is_distributed(t) else None
+
+
+def check_fits(state: dict[str, Any], p: Tensor, where: str) -> None:
+    """Raise ValueError where what is kept, or was saved, is not of the parameter's shape or is cut
+    otherwise: a momentum is never broadcast."""
+    for key in ("exp_avg", "compensation"):
+        if key not in state:
+            continue
+        t = state[key]
+        if not isinstance(t, Tensor) or t.shape != p.shape:
+            got = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"the {key} of {where} must have shape {tuple(p.shape)}, got {got}")
+        is_number = t.is_floating_point() or t.is_complex() or t.dtype in (torch.int8, torch.int16)
+        if not is_number or (t.is_complex() and not p.is_complex()):
+            raise ValueError(f"the {key} of {where} must hold floats, got {t.dtype}")
+        cut, wanted = _cut(t), _cut(p)
+        if cut != wanted:
+            raise ValueError(
+                f"the {key} of {where} must be cut as the parameter, {wanted or 'not at all'}, "
+                f"got {cut or 'no DTensor'}"
+            )
+    if "exp_avg" in state and state["exp_avg"].dtype == torch.int8:
+        _check_scales_fit(state["exp_avg"], state.get("exp_avg_scale"), p, where)
 
 
 # Blocks go by storage: another memory format, or other shards, have others.
@@ -155,21 +192,25 @@ _RECUT = (
 )
 
 
-def check_scales(q: Tensor, scales: Tensor | None, p: Tensor, where: str) -> None:
-    """Raise ValueError unless ``scales`` can be those of the saved int8 momentum ``q``: they have
-    its cut, and where a block has a scale, its largest element is +-127."""
+def _check_scales_fit(q: Tensor, scales: Any, p: Tensor, where: str) -> None:
     shape, placements = _scales_like(p)
     if (
-        scales is None
+        not isinstance(scales, Tensor)
         or not is_dense(local(q))
         or scales.dtype != torch.float32
         or list(scales.shape) != shape
         or tuple(getattr(scales, "placements", ())) != tuple(placements)
     ):
+        got = tuple(scales.shape) if isinstance(scales, Tensor) else None
         raise ValueError(
             f"the int8 exp_avg of {where} must be dense and have a float32 exp_avg_scale of shape "
-            f"{tuple(shape)}, got {None if scales is None else tuple(scales.shape)}: {_RECUT}"
+            f"{tuple(shape)}, got {got}: {_RECUT}"
         )
+
+
+def check_scales(q: Tensor, scales: Tensor, where: str) -> None:
+    """Raise ValueError unless ``scales``, which fit, can be those of the saved int8 momentum ``q``:
+    where a block has a scale, its largest element is +-127."""
     flat = scales_of({"exp_avg": q, "exp_avg_scale": scales})
     sizes = local(q).as_strided((local(q).numel(),), (1,)).abs()  # of -128 in int8: -128
     blocks = torch.nn.functional.pad(sizes, (0, -sizes.numel() % MOMENTUM_BLOCK))
@@ -193,5 +234,9 @@ def load_momentum(
 def load_compensation(state: dict[str, Tensor], p: Tensor, saved: dict[str, Tensor]) -> None:
     """Copy a saved compensation that is of this parameter's kind; any other is left."""
     low, dtype = saved.get("compensation"), _ops.low_dtype(p.dtype)
-    if low is not None and low.dtype == dtype:
-        compensation(state, p).copy_(local(low))
+    if low is None or dtype is None:
+        return
+    if low.dtype == torch.int16:  # until 0.1.0 that of a bfloat16 parameter was saved as integers
+        low = local(low).view(torch.bfloat16)
+    if low.dtype == p.dtype:
+        compensation(state, p).copy_(local(low).view(dtype))

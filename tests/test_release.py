@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import bits_equal, generator
-from lion_kernels import Lion
+from lion_kernels import Lion, release
 
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.3}
 
@@ -53,8 +53,13 @@ def test_stochastic_rounding_draws_anew_for_every_parameter():
     assert abs(moved - 1e-3) < 2e-4
 
 
-def test_one_gradient_at_a_time():
-    """Bytes of gradients that live together: those of the largest parameter, or of the model."""
+@pytest.mark.parametrize(
+    ("bucket", "wanted"), [(1, 4 * 16 * 16), (3000, 4 * (3 * 16 * 16 + 3 * 16))]
+)
+def test_a_bucket_of_gradients_at_a_time(monkeypatch, bucket, wanted):
+    """Bytes of gradients that live together: those of a bucket, here the largest parameter or three
+    layers, or of the model."""
+    monkeypatch.setattr(release, "BUCKET_BYTES", bucket)
     most = {}
     for fused in (True, False):
         net, alive = model(), []
@@ -68,7 +73,7 @@ def test_one_gradient_at_a_time():
         backward(net, 0)
         opt.step()
         most[fused] = max(alive)
-    assert most == {True: 4 * 16 * 16, False: 12 * 4 * (16 * 16 + 16)}
+    assert most == {True: wanted, False: 12 * 4 * (16 * 16 + 16)}
 
 
 def test_accumulation():

@@ -264,6 +264,6 @@ def test_bad_arguments(backend, args, message):
 
 def test_bad_options():
     with pytest.raises(
-        ValueError, match="rounding must be one of nearest, stochastic, compensated"
+        ValueError, match="rounding must be 'nearest', 'stochastic' or 'compensated', got 'up'"
     ):
         Lion([bf16_weight(1.0)], rounding="up")

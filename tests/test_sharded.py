@@ -278,9 +278,12 @@ def rescaled_vote(rank):
         (rescaled, 'cautious="rescaled" counts whole tensors: parameter 0 of group 0'),
         (rescaled_later, 'cautious="rescaled" counts whole tensors: parameter 0 of group 0'),
         (rescaled_vote, 'cautious="rescaled" changes the size of updates'),
-        (foreign_state, "the exp_avg of parameter 0 must be cut as the parameter, .* got no DTen"),
+        (
+            foreign_state,
+            "the exp_avg of parameter 0 of group 0 .* must be cut as the parameter, .* got no DTen",
+        ),
         (cut_the_other_way, r"float32 exp_avg_scale of shape \(1, 2, 1024\), got \(2, 1, 1024\)"),
-        (voting, r"DistributedLion votes on plain tensors: parameter 0 of group 0 is a DTensor"),
+        (voting, r"DistributedLion votes on whole, plain .*parameter 0 of group 0 is a DTensor"),
     ],
 )
 def test_errors_name_the_rule(worlds, function, message):
