@@ -5,6 +5,7 @@
 #
 # Without PY the commands run in .venv, created on first use (from PYTHON, default python3).
 
+.DEFAULT_GOAL := help
 PYTHON ?= python3
 
 ifdef PY
@@ -18,13 +19,16 @@ endif
 SOURCES := setup.py lion_kernels/_version.py $(wildcard csrc/*)
 BUILT := build/.built
 
-.PHONY: train test lint format bench mutants codegen gpu-check clean built
+.PHONY: help train test lint format bench mutants codegen gpu-check clean built
 .DELETE_ON_ERROR:
 
 # The library in the tree belongs to one interpreter: another one builds its own.
 ifneq ($(shell cat $(BUILT) 2>/dev/null),$(RUN))
   .PHONY: $(BUILT)
 endif
+
+help:
+	@awk '!/^#/ {exit} {sub(/^# ?/, ""); print}' Makefile
 
 train: built
 	@ranks=$$($(RUN) -c "import torch; print(torch.cuda.device_count() or 4)") && \

@@ -6,7 +6,9 @@ and verdicts are int32 planes as layout.py lays them out. reference.py says what
 """
 
 import importlib
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,8 +65,22 @@ STORAGE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.
 MOMENTUM_DTYPES: tuple[torch.dtype, ...] = (*STORAGE_DTYPES, torch.int8)
 
 
+def _hidden_package() -> Path | None:
+    """Where another lion_kernels, with its compiled library, stands behind this one on the path."""
+    for folder in map(Path, sys.path):
+        package = folder / "lion_kernels"
+        if package != Path(__file__).parent and any(package.glob("_C*.so")):
+            return folder
+    return None
+
+
 def require_native() -> None:
     """Raise RuntimeError unless the compiled library is loaded and fits this torch."""
+    if _C is None and (hidden := _hidden_package()) is not None:
+        raise RuntimeError(
+            f"the folder {Path(__file__).parent.parent} hides the lion_kernels that is installed "
+            f"in {hidden}: run Python in another folder"
+        )
     if _C is None:
         raise RuntimeError(
             "lion_kernels was not built for this Python: run "

@@ -6,6 +6,7 @@ rank. Knows no ballots and no optimizer.
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
@@ -35,25 +36,28 @@ def _ranks_by_value(values: Sequence[Any]) -> str:
     )
 
 
-def _everyones(value: Any, group: ProcessGroup) -> list[Any]:
-    """``value`` of every rank."""
+def _everyones(value: Any, group: ProcessGroup, device: torch.device) -> list[Any]:
+    """``value`` of every rank. NCCL sends objects by way of the current device, which may be
+    another rank's: it is made ``device``."""
     gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, value, group=group)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 
-def union_of(members: set[int], group: ProcessGroup) -> list[int]:
+def union_of(members: set[int], group: ProcessGroup, device: torch.device) -> list[int]:
     """What is in the set of any rank, in order."""
-    return sorted(set().union(*_everyones(members, group)))
+    return sorted(set().union(*_everyones(members, group, device)))
 
 
-def compare_facts(facts: Sequence[Fact], group: ProcessGroup) -> None:
+def compare_facts(facts: Sequence[Fact], group: ProcessGroup, device: torch.device) -> None:
     """Raise RuntimeError on every rank where the ranks' facts differ, naming the first. The facts
     themselves travel only where their digests differ."""
     digest = hashlib.sha256(repr(list(facts)).encode()).hexdigest()
-    if len(set(_everyones(digest, group))) == 1:
+    if len(set(_everyones(digest, group, device))) == 1:
         return
-    for row in zip_longest(*_everyones(list(facts), group), fillvalue=("end of the list", None)):
+    every = _everyones(list(facts), group, device)
+    for row in zip_longest(*every, fillvalue=("end of the list", None)):
         labels, values = {fact[0] for fact in row}, [fact[1] for fact in row]
         if len(labels) > 1:
             raise RuntimeError(f"ranks disagree: {_ranks_by_value([fact[0] for fact in row])}")

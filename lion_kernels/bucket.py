@@ -25,6 +25,8 @@ class Bucket:
     lows: list[Tensor] | None = None  # compensated rounding only
     scales: list[Tensor] | None = None  # int8 momenta only
     is_double: bool = False  # float64, for which there are no kernels: double.py
+    # DTensors, whose shards the ops write.
+    wrappers: list[Tensor] = field(default_factory=list)
     # (parameter with gaps, its dense stand-in): copied back after the step.
     stand_ins: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -33,6 +35,8 @@ class Bucket:
         return self.params[0].device
 
     def write_back(self) -> None:
+        """After the ops: what stands for a written tensor shows it."""
+        torch.autograd.graph.increment_version(self.wrappers)
         for p, dense in self.stand_ins:
             p.copy_(dense)
 
@@ -46,6 +50,8 @@ class Bucket:
             self.lows.append(states.compensation(state, param))
         if self.scales is not None:
             self.scales.append(states.scales_of(state))
+        if p is not param:
+            self.wrappers += [param, *(state[key] for key in states.KEYS if key in state)]
         if p.is_complex():
             p, m = torch.view_as_real(p), torch.view_as_real(m)
             g = None if g is None else torch.view_as_real(g.resolve_conj())

@@ -178,6 +178,11 @@ class DistributedLion(Lion):
     def _number(self, group: dict[str, Any]) -> int:
         return next(i for i, g in enumerate(self.param_groups) if g is group)
 
+    def _device(self) -> torch.device:
+        """Of the first parameter that there is."""
+        params = (p for group in self.param_groups for p in group["params"])
+        return next((p.device for p in params), torch.device("cpu"))
+
     def _facts(self, groups: list[dict[str, Any]]) -> list[Fact]:
         facts: list[Fact] = [
             ("wire format version", WIRE_VERSION),
@@ -211,7 +216,7 @@ class DistributedLion(Lion):
         return facts
 
     def _agree(self, groups: list[dict[str, Any]]) -> None:
-        compare_facts(self._facts(groups), self._group)
+        compare_facts(self._facts(groups), self._group, self._device())
         if self._broadcast:
             params = [p.detach() for group in groups for p in group["params"]]
             broadcast_parameters([p for p in params if is_whole(p)], self._group)
@@ -245,7 +250,9 @@ class DistributedLion(Lion):
         known = self._voters.get(number)
         mine = {i for i, p in enumerate(group["params"]) if p.requires_grad or p.grad is not None}
         if known is None or not mine.issubset(known):
-            self._voters[number] = known = union_of(mine.union(known or ()), self._group)
+            self._voters[number] = known = union_of(
+                mine.union(known or ()), self._group, self._device()
+            )
         return known
 
     def _check(self, members: list[list[int]]) -> None:

@@ -85,7 +85,7 @@ def step(
             moves = moves & finite
         delta = moments.sign(bool(cautious))
         if cautious == "rescaled":
-            delta = delta * (p.numel() / ((moments.agrees & (moments.c != 0)).sum() + 1))
+            delta = delta * (p.numel() / ((delta.abs() == 1).sum().double() + 1))
         _update(p, delta, rate, weight_decay, cautious_decay, moves)
         moments.move_on(moves)
 

@@ -275,14 +275,14 @@ class Lion(Optimizer):
 
     def _place(self, p: Tensor) -> tuple[int, int] | None:
         """The group and the index of a parameter; None where it was taken out."""
-        number, i = self._places.get(p, (0, 0))
-        here = self.param_groups[number]["params"] if number < len(self.param_groups) else []
-        if not (i < len(here) and here[i] is p):
-            self._places = {
-                q: (number, i)
-                for number, group in enumerate(self.param_groups)
-                for i, q in enumerate(group["params"])
-            }
+        groups = self.param_groups
+        number, i = self._places.get(p, (len(groups), 0))
+        members = groups[number]["params"] if number < len(groups) else []
+        if i < len(members) and members[i] is p:
+            return number, i
+        self._places = {
+            q: (number, i) for number, g in enumerate(groups) for i, q in enumerate(g["params"])
+        }
         return self._places.get(p)
 
     @torch.no_grad()
@@ -341,6 +341,7 @@ class Lion(Optimizer):
                 cautious=group["cautious"],
                 cautious_decay=bool(group["cautious_weight_decay"]),
             )
+            bucket.write_back()
             return
         torch.ops.lion_kernels.lion_step(
             bucket.params,

@@ -945,7 +945,7 @@ def test_a_default_device_is_no_concern():
 
 
 def test_the_first_lr_is_read_once():
-    """With independent_weight_decay: a tensor lr on a device is not waited for in a step's checks."""
+    """With independent_weight_decay: a step's checks do not wait for a tensor lr on a device."""
     from lion_kernels.options import check_options
 
     (p,) = parameters((3,))
