@@ -166,6 +166,7 @@ class DistributedLion(Lion):
         try:
             group = self.param_groups[before]
             states.step_counter(group, torch.device("cpu"))
+            self._check_nonfinite(before)
             for i, p in enumerate(group["params"]):
                 if p.requires_grad:
                     check_voter(group, before, i)
@@ -218,8 +219,8 @@ class DistributedLion(Lion):
     def _agree(self, groups: list[dict[str, Any]]) -> None:
         compare_facts(self._facts(groups), self._group, self._device())
         if self._broadcast:
-            params = [p.detach() for group in groups for p in group["params"]]
-            broadcast_parameters([p for p in params if is_whole(p)], self._group)
+            params = [p for group in groups for p in group["params"] if is_whole(p)]
+            broadcast_parameters([p.detach() for p in params], self._group)
 
     def verify_replicas(self) -> None:
         """Compare a 64-bit hash of every parameter over the ranks; raise RuntimeError on every
@@ -258,14 +259,17 @@ class DistributedLion(Lion):
     def _check(self, members: list[list[int]]) -> None:
         super()._check(members)
         for number, indices in enumerate(members):
-            group = self.param_groups[number]
-            if group["nonfinite"] != "skip":
-                raise ValueError(
-                    "nonfinite is not for DistributedLion, where a vote that is not finite "
-                    f"abstains: group {number} has {group['nonfinite']!r}"
-                )
+            self._check_nonfinite(number)
             for i in indices:
-                check_voter(group, number, i)
+                check_voter(self.param_groups[number], number, i)
+
+    def _check_nonfinite(self, number: int) -> None:
+        given = self.param_groups[number]["nonfinite"]
+        if given != "skip":
+            raise ValueError(
+                "nonfinite is not for DistributedLion, where a vote that is not finite abstains: "
+                f"group {number} has {given!r}"
+            )
 
     def _step_group(self, number: int, buckets: list[Bucket], scaling: Scaling) -> None:
         if self._world_size == 1:

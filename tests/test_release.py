@@ -1,12 +1,16 @@
 """fused_backward: the path of an ordinary Lion, with one gradient at a time."""
 
 import copy
+import gc
+import logging
+import weakref
 
 import pytest
 import torch
 
 from common import bits_equal, generator
 from lion_kernels import Lion, release
+from ranks import World
 
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.3}
 
@@ -115,3 +119,160 @@ def test_what_it_cannot_honour():
         opt.step()
     with pytest.raises(TypeError, match="no copies"):
         copy.deepcopy(opt)
+
+
+# Hooks that end
+
+
+def hooks(params):
+    return sum(len(p._post_accumulate_grad_hooks or ()) for p in params)
+
+
+def test_hooks_end_with_the_optimizer():
+    net = model()
+    params = list(net.parameters())
+    opt = Lion(params, **OPTIONS, fused_backward=True)
+    assert hooks(params) == len(params)
+    opt.close()
+    assert hooks(params) == 0
+    backward(net, 0)
+    before = [p.detach().clone() for p in params]
+    opt.step()  # from now on an ordinary Lion
+    assert all(p.grad is not None for p in params) and not same(params, before)
+    opt.zero_grad()
+    opt, alive = None, weakref.ref(Lion(params, **OPTIONS, fused_backward=True))
+    gc.collect()
+    assert alive() is None and hooks(params) == 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_new_optimizer_takes_the_parameters_over(caplog, fused):
+    """A cell of a notebook that is run twice: the first optimizer still exists."""
+    net = model()
+    twin = copy.deepcopy(net)
+    params = list(net.parameters())
+    first = Lion(params, **OPTIONS, fused_backward=True)
+    with caplog.at_level(logging.WARNING):
+        second = Lion(params, **OPTIONS, fused_backward=fused)
+    (record,) = caplog.records
+    assert record.message.startswith("24 parameters leave an earlier optimizer")
+    assert hooks(params) == (24 if fused else 0)
+    plain = Lion(twin.parameters(), **OPTIONS)
+    for seed in range(2):
+        backward(net, seed)
+        second.step()
+        second.zero_grad()
+        backward(twin, seed)
+        plain.step()
+        plain.zero_grad()
+    assert same(params, twin.parameters())
+    assert not first.state
+
+
+def test_a_parameter_that_was_taken_out_is_left():
+    a, b = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    opt = Lion([a, b], lr=0.5, fused_backward=True)
+    opt.param_groups[0]["params"].pop(0)
+    (a + b).sum().backward()
+    opt.step()
+    assert torch.equal(a, torch.ones(4)) and torch.equal(a.grad, torch.ones(4))
+    assert torch.equal(b, torch.full((4,), 0.5))
+    opt.param_groups[0]["params"].append(a)
+    opt.zero_grad()
+    (a + b).sum().backward()
+    assert torch.equal(a, torch.full((4,), 0.5)) and a.grad is None
+
+
+@pytest.mark.parametrize("bucket", [1, 3000, 25 * 2**20])
+def test_a_step_advances_the_counter_by_one(monkeypatch, bucket):
+    monkeypatch.setattr(release, "BUCKET_BYTES", bucket)
+    net = model(torch.bfloat16)
+    opt = Lion(net.parameters(), lr=1e-3, rounding="stochastic", fused_backward=True)
+    for seed in range(3):
+        backward(net, seed, torch.bfloat16)
+        opt.step()
+    assert int(opt.param_groups[0]["step"]) == 3
+
+
+def test_buckets_are_launches(monkeypatch):
+    """24 parameters of 13,056 bytes: all in one op, or an op for every 3,000 bytes."""
+    for bucket, n_ops in ((25 * 2**20, 1), (3264, 4)):
+        monkeypatch.setattr(release, "BUCKET_BYTES", bucket)
+        net = model()
+        opt = Lion(net.parameters(), **OPTIONS, fused_backward=True)
+        with torch.profiler.profile() as profile:
+            backward(net, 0)
+            opt.step()
+        ops = [e for e in profile.events() if e.name == "lion_kernels::lion_step"]
+        assert len(ops) == n_ops
+
+
+# Gradients that are not final
+
+
+def test_a_grad_scaler_is_refused_before_anything_moves():
+    for scaler_first in (True, False):
+        net = model()
+        scaler = torch.amp.GradScaler("cpu") if scaler_first else None
+        opt = Lion(net.parameters(), **OPTIONS, fused_backward=True)
+        scaler = scaler or torch.amp.GradScaler("cpu")
+        before = [p.detach().clone() for p in net.parameters()]
+        loss = scaler.scale(net(torch.ones(8, 16)).square().sum())
+        with pytest.raises(RuntimeError, match="before a GradScaler has looked at the gradients"):
+            loss.backward()
+        assert same(net.parameters(), before)
+        assert not any(opt.state[p]["exp_avg"].any() for p in net.parameters())
+        del loss, scaler
+    idle = torch.amp.GradScaler("cpu")  # that scaled nothing, or is not enabled
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    off.scale(torch.ones(()))
+    opt = Lion(net.parameters(), **OPTIONS, fused_backward=True)
+    backward(net, 0)
+    opt.step()
+    assert not same(net.parameters(), before) and idle.is_enabled()
+
+
+def wrapped(rank, how, first):
+    """Whether Lion(fused_backward=True) was refused, when, and whether a weight had moved."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    net = model()
+    made = None
+    if first:
+        made = Lion(net.parameters(), **OPTIONS, fused_backward=True)
+    if how == "DDP":
+        outer = DistributedDataParallel(net)
+    else:
+        outer = FullyShardedDataParallel(
+            net, device_id=torch.device("cpu"), use_orig_params=how == "original parameters"
+        )
+    before = [p.detach().clone() for p in outer.parameters()]
+    try:
+        opt = made or Lion(outer.parameters(), **OPTIONS, fused_backward=True)
+        when = "backward"
+        outer(torch.ones(4, 16)).square().sum().backward()
+        opt.step()
+    except RuntimeError as error:
+        assert "fused_backward steps as soon as a gradient is there" in str(error)
+        when = when if first else "construction"
+        return when, same(outer.parameters(), before)
+    return "never", False
+
+
+@pytest.mark.parametrize(
+    ("how", "first", "when"),
+    [
+        ("DDP", False, "construction"),
+        ("DDP", True, "backward"),
+        ("flat", False, "construction"),
+        ("original parameters", False, "construction"),
+    ],
+)
+def test_wrappers_that_reduce_are_refused(how, first, when):
+    """A world of its own: a backward pass that raised leaves DDP's collectives unfinished."""
+    world = World(2)
+    try:
+        assert world.run(wrapped, how, first) == [(when, True)] * 2
+    finally:
+        world.close()
