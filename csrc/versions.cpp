@@ -10,26 +10,28 @@
 namespace lion {
 namespace {
 
+void raise_version(const at::Tensor& tensor) {
+  if (tensor.defined() && !tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
 void raise_versions(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                     torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();
-  std::vector<at::Tensor> written;
+  std::vector<c10::IValue> written;  // holds a list once: its tensors are many
   for (size_t i = 0; i < arguments.size(); ++i) {
     const c10::AliasInfo* alias = arguments[i].alias_info();
     if (alias == nullptr || !alias->isWrite()) continue;
-    const c10::IValue& value = (*stack)[stack->size() - arguments.size() + i];
-    if (value.isTensor()) {
-      written.push_back(value.toTensor());
-    } else if (value.isTensorList()) {
-      for (const at::Tensor& tensor : value.toTensorVector()) written.push_back(tensor);
-    }
+    written.push_back((*stack)[stack->size() - arguments.size() + i]);
   }
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
   }
-  for (const at::Tensor& tensor : written)
-    if (tensor.defined() && !tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  for (const c10::IValue& value : written) {
+    if (value.isTensor()) raise_version(value.toTensor());
+    if (value.isTensorList())
+      for (const c10::IValue& each : value.toListRef()) raise_version(each.toTensor());
+  }
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
 """The tensors of a parameter group, or of a part of it, as the ops take them: local, real,
-dense, and with gradients and states in their memory layout. Knows no options and no process groups.
+dense, and with gradients and states in their memory layout. Knows no process groups.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lion_kernels import states
 from lion_kernels.dense import is_dense, local, local_like
+from lion_kernels.options import Settings
 
 DOUBLES = (torch.float64, torch.complex128)
 
@@ -36,7 +38,8 @@ class Bucket:
 
     def write_back(self) -> None:
         """After the ops: what stands for a written tensor shows it."""
-        torch.autograd.graph.increment_version(self.wrappers)
+        if self.wrappers:
+            torch.autograd.graph.increment_version(self.wrappers)
         for p, dense in self.stand_ins:
             p.copy_(dense)
 
@@ -45,7 +48,6 @@ class Bucket:
     ) -> None:
         """Add a parameter with its gradient and its state, which is made where it is missing."""
         p, m = local(param), states.momentum(state, param, momentum_dtype)
-        g = None if param.grad is None else local_like(param.grad, param)
         if self.lows is not None:
             self.lows.append(states.compensation(state, param))
         if self.scales is not None:
@@ -54,28 +56,99 @@ class Bucket:
             self.wrappers += [param, *(state[key] for key in states.KEYS if key in state)]
         if p.is_complex():
             p, m = torch.view_as_real(p), torch.view_as_real(m)
-            g = None if g is None else torch.view_as_real(g.resolve_conj())
-        if not self.is_double:
-            if not is_dense(p):
-                self.stand_ins.append((p, torch.empty_like(p).copy_(p)))
-                p = self.stand_ins[-1][1]
-            if g is not None and (g.stride() != p.stride() or g.is_neg()):
-                g = torch.empty_like(p).copy_(g)
+        if not self.is_double and not is_dense(p):
+            self.stand_ins.append((p, torch.empty_like(p).copy_(p)))
+            p = self.stand_ins[-1][1]
         self.params.append(p)
-        self.grads.append(g)
+        self.grads.append(None if param.grad is None else _gradient(param.grad, param, p))
         self.exp_avgs.append(m)
 
 
+def _gradient(g: Tensor, param: Tensor, p: Tensor) -> Tensor:
+    """A gradient of ``param`` as the ops take it beside ``p``, which is what they take of it."""
+    g = local_like(g, param)
+    if g.is_complex():
+        g = torch.view_as_real(g.resolve_conj())
+    if g.stride() != p.stride() or g.is_neg():
+        g = torch.empty_like(p).copy_(g)
+    return g
+
+
 def buckets_of(
-    params: Sequence[Tensor],
-    state: dict[Tensor, Any],
-    momentum_dtype: torch.dtype | None,
-    compensated: bool,
+    params: Sequence[Tensor], state: dict[Tensor, Any], settings: Settings
 ) -> list[Bucket]:
-    """The buckets of ``params``, a list without its float64 ones last, empty ones left out."""
-    buckets = [Bucket(is_double=True), Bucket(lows=[] if compensated else None)]
+    """The buckets of ``params``, the float64 ones first, empty ones left out."""
+    buckets = [
+        Bucket(is_double=True),
+        Bucket(lows=[] if settings.rounding == "compensated" else None),
+    ]
     for bucket in buckets:
-        bucket.scales = [] if momentum_dtype == torch.int8 else None
+        bucket.scales = [] if settings.momentum_dtype == torch.int8 else None
     for p in params:
-        buckets[p.dtype not in DOUBLES].append(p, state[p], momentum_dtype)
+        buckets[p.dtype not in DOUBLES].append(p, state[p], settings.momentum_dtype)
     return [bucket for bucket in buckets if bucket.params]
+
+
+class Plan:
+    """The buckets of a group, asked once: ``serves`` says in a few C loops whether they still hold,
+    and takes the step's gradients. Where a parameter has gaps or is a DTensor they never do: what
+    the ops write is a copy, or hidden from the loops."""
+
+    def __init__(
+        self,
+        group: dict[str, Any],
+        indices: list[int],
+        state: dict[Tensor, Any],
+        settings: Settings,
+    ) -> None:
+        self.indices = indices
+        self._group_params = list(group["params"])
+        self._stored = (settings.momentum_dtype, settings.rounding)
+        members = [group["params"][i] for i in indices]
+        self.buckets = buckets_of(members, state, settings)
+        self._lasts = not any(b.stand_ins or b.wrappers for b in self.buckets)
+        # In the order of the buckets: the float64 members come first.
+        self._members = sorted(members, key=lambda p: p.dtype not in DOUBLES)
+        self._states = [state[p] for p in self._members]
+        keys = [key for key in states.KEYS if any(key in s for s in self._states)]
+        self._kept = {key: [s[key] for s in self._states if key in s] for key in keys}
+        self._has_all = all(len(kept) == len(members) for kept in self._kept.values())
+        self._always_odd = [i for i, p in enumerate(self._members) if p.is_complex()]
+        if self._lasts:
+            self._identity = torch.ops.lion_kernels._identity(self._members, [], [], [], [])
+
+    def serves(self, group: dict[str, Any], settings: Settings) -> bool:
+        """Whether the buckets are those of the group's present parameters and states; if so, they
+        have its present gradients."""
+        params = group["params"]
+        if (
+            not self._lasts
+            or not self._has_all
+            or self._stored != (settings.momentum_dtype, settings.rounding)
+            or len(params) != len(self._group_params)
+            or not all(map(is_, params, self._group_params))
+        ):
+            return False
+        for key, kept in self._kept.items():
+            try:
+                if not all(map(is_, map(itemgetter(key), self._states), kept)):
+                    return False
+            except KeyError:
+                return False
+        grads: list[Tensor | None] = [p.grad for p in self._members]
+        odd = torch.ops.lion_kernels._odd_gradients(self._identity, self._members, grads)
+        if odd == [-1]:
+            return False
+        self._take(grads, sorted({*odd, *self._always_odd}))
+        return True
+
+    def _take(self, grads: list[Tensor | None], odd: list[int]) -> None:
+        first = 0
+        for bucket in self.buckets:
+            n = len(bucket.params)
+            bucket.grads = grads[first : first + n]
+            for i in odd:
+                if first <= i < first + n and (g := grads[i]) is not None:
+                    p = bucket.params[i - first]
+                    bucket.grads[i - first] = _gradient(g, self._members[i], p)
+            first += n

@@ -29,7 +29,7 @@ from lion_kernels.dense import memory_order
 from lion_kernels.exchange import EXCHANGES, Buffers, choose
 from lion_kernels.layout import MAX_SCALE, WIRE_VERSION, BallotLayout
 from lion_kernels.lion import Lion
-from lion_kernels.options import betas, check_choice, check_integer, lr_tensor, weight_decay
+from lion_kernels.options import Settings, check_choice, check_integer
 from lion_kernels.scaling import Scaling
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,9 @@ class DistributedLion(Lion):
     The momentum m (state key "exp_avg") stays on its worker: save every rank's state. Gradients
     must not be averaged: use a bare module, or DDP with a no-op communication hook. With N = 1
     this is Lion, bit for bit. A non-finite c votes zero and leaves its momentum. A parameter
-    without a gradient on some ranks has their zero votes; on all ranks, it is left alone. Under
+    without a gradient on some ranks has their zero votes; on all ranks, it is left alone, whatever
+    requires_grad says. What is first given a gradient later is so in the same step on all ranks.
+    Parameters of which each rank holds a part (FSDP1, DTensors) are refused if they vote. Under
     torch.amp.GradScaler, on all ranks or none, a step that one rank skips is skipped by all.
 
     Args:
@@ -85,7 +87,7 @@ class DistributedLion(Lion):
 
     Raises:
         ValueError, RuntimeError: as Lion; an unknown choice; no process group; and, on every rank,
-            where ranks differ in shapes, dtypes, strides, options, seed or wire format.
+            where ranks differ in names, shapes, dtypes, strides, options, seed or wire format.
     """
 
     def __init__(
@@ -246,6 +248,7 @@ class DistributedLion(Lion):
         """The indices of the parameters that this rank votes on or abstains from: those that have
         had a gradient, or might, on any rank. Ranks agree on them at a group's first step, and
         again where one gets a gradient that none expected, in the same step on every rank."""
+        self._check_nonfinite(number)
         if self._world_size == 1:
             return super()._members(number, group)
         known = self._voters.get(number)
@@ -256,12 +259,10 @@ class DistributedLion(Lion):
             )
         return known
 
-    def _check(self, members: list[list[int]]) -> None:
-        super()._check(members)
-        for number, indices in enumerate(members):
-            self._check_nonfinite(number)
-            for i in indices:
-                check_voter(self.param_groups[number], number, i)
+    def _check(self, number: int, indices: list[int]) -> None:
+        super()._check(number, indices)
+        for i in indices:
+            check_voter(self.param_groups[number], number, i)
 
     def _check_nonfinite(self, number: int) -> None:
         given = self.param_groups[number]["nonfinite"]
@@ -271,15 +272,16 @@ class DistributedLion(Lion):
                 f"group {number} has {given!r}"
             )
 
-    def _step_group(self, number: int, buckets: list[Bucket], scaling: Scaling) -> None:
+    def _step_group(
+        self, number: int, buckets: list[Bucket], settings: Settings, scaling: Scaling
+    ) -> None:
         if self._world_size == 1:
-            super()._step_group(number, buckets, scaling)
+            super()._step_group(number, buckets, settings, scaling)
             return
-        group = self.param_groups[number]
         for i, bucket in enumerate(buckets):
-            step = states.step_counter(group, bucket.device)
-            is_last = i == len(buckets) - 1
-            self._vote(number, bucket, scaling.to(bucket.device), step if is_last else step.clone())
+            step = states.step_counter(self.param_groups[number], bucket.device)
+            step = step if i == len(buckets) - 1 else step.clone()  # it advances once
+            self._vote(number, bucket, settings, scaling.to(bucket.device), step)
 
     def _agreed(self, scaling: Scaling) -> Scaling:
         """Ranks scale and overflow on their own; a step that one of them skips, all must skip,
@@ -311,32 +313,31 @@ class DistributedLion(Lion):
             self._buffers[key] = buffers
         return buffers
 
-    def _vote(self, number: int, bucket: Bucket, scaling: Scaling, step: Tensor) -> None:
-        group, buffers = self.param_groups[number], self._buffers_for(number, bucket)
-        layout, ops = buffers.layout, torch.ops.lion_kernels
-        maximize, is_cautious = bool(group["maximize"]), bool(group["cautious"])
-        encoded = bucket
+    def _vote(
+        self, number: int, bucket: Bucket, settings: Settings, scaling: Scaling, step: Tensor
+    ) -> None:
+        buffers, ops = self._buffers_for(number, bucket), torch.ops.lion_kernels
+        layout = buffers.layout
+        encoded, applied, seed = bucket, settings, self.seed
         if bucket.is_double:
-            encoded = double.ballot(
-                bucket, betas=betas(group), maximize=maximize, grad_scale=scaling.grad_scale,
-                found_inf=scaling.found_inf, cautious=is_cautious,
-            )  # fmt: skip
-        # Other coins than those of the group's other ballot, at the same places.
-        seed = self.seed ^ _DOUBLES if bucket.is_double else self.seed
+            encoded = double.ballot(bucket, settings, scaling)
+            applied = double.ballot_settings(settings)
+            # Other coins than those of the group's other ballot, at the same places.
+            seed ^= _DOUBLES
         ops.encode(
             encoded.grads,
             encoded.exp_avgs,
             layout.planes_of(buffers.ballot),
             layout.flags_of(buffers.ballot),
-            *betas(group),
-            maximize,
+            *settings.betas,
+            settings.maximize,
             seed,
             self._rank,
             step,
             self._counter(bucket.device),
             None if bucket.is_double else scaling.grad_scale,
             scaling.found_inf,
-            is_cautious,
+            settings.cautious,
             encoded.scales,
         )
 
@@ -351,25 +352,20 @@ class DistributedLion(Lion):
         # A majority verdict stands for -1, (0,) +1 in one or two planes: scale 1 or 2.
         planes = buffers.verdict.shape[1]
         scale = self._vote_scale if self.aggregation == "average" else planes
-        lr, decay = lr_tensor(group), weight_decay(group)
-        is_cautious_decay = bool(group["cautious_weight_decay"])
         ops.apply(
             encoded.params,
             buffers.verdict,
             layout.flags_of(buffers.received),
             scale,
-            lr_tensor({"lr": double.BALLOT_LR}) if bucket.is_double else lr,
-            double.BALLOT_DECAY if bucket.is_double else decay,
+            applied.lr,
+            applied.weight_decay,
             step,
             scaling.found_inf,
-            "nearest" if bucket.is_double else group["rounding"],
+            applied.rounding,
             encoded.lows,
             seed,
-            is_cautious_decay and not bucket.is_double,
+            applied.cautious_decay,
         )
         if bucket.is_double:
-            double.apply(
-                bucket, encoded, scale=scale, lr=lr, weight_decay=decay,
-                cautious_decay=is_cautious_decay,
-            )  # fmt: skip
+            double.apply(bucket, settings, encoded, scale)
         bucket.write_back()

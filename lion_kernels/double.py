@@ -7,17 +7,18 @@ what the op apply wrote into the ballot's parameters.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lion_kernels.bucket import Bucket
+from lion_kernels.options import Settings
 from lion_kernels.reference import read_momentum, write_momentum
+from lion_kernels.scaling import Scaling
 
 # No verdict writes a 2 into a parameter of the ballot: it writes -delta, of size 1 at most.
 _ABSENT = 2.0
-# What the ballot's parameters are stepped with: 0 * p - 1 * delta.
-BALLOT_LR, BALLOT_DECAY = 1.0, 1.0
 
 
 def _scale(scales: Sequence[Tensor] | None, i: int) -> Tensor | None:
@@ -31,17 +32,16 @@ class _Moments:
         self,
         bucket: Bucket,
         i: int,
-        betas: tuple[float, float],
-        maximize: bool,
+        settings: Settings,
         grad_scale: Tensor | None,
     ) -> None:
         g = bucket.grads[i]
         assert g is not None
         self.exp_avg, self.scale = bucket.exp_avgs[i], _scale(bucket.scales, i)
         self.m = read_momentum(self.exp_avg, self.scale).double()
-        g = -g if maximize else g
+        g = -g if settings.maximize else g
         self.g = g if grad_scale is None else g / grad_scale.reshape(()).double()
-        beta1, beta2 = betas
+        beta1, beta2 = settings.betas
         self.c = self.m.mul(beta1).add(self.g, alpha=1 - beta1)
         self.next_m = self.m.mul(beta2).add(self.g, alpha=1 - beta2)
         self.agrees = self.c.sign() == self.g.sign()
@@ -61,53 +61,31 @@ def _moves(found_inf: Tensor | None, device: torch.device) -> Tensor:
     return found_inf.reshape(()) == 0
 
 
-def step(
-    bucket: Bucket,
-    *,
-    lr: Tensor,
-    betas: tuple[float, float],
-    weight_decay: float,
-    maximize: bool,
-    nonfinite: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    cautious: bool | str,
-    cautious_decay: bool,
-) -> None:
+def step(bucket: Bucket, settings: Settings, scaling: Scaling, nonfinite: Tensor | None) -> None:
     """reference.lion_step in float64; ``nonfinite``: int64 (1,), counts skipped elements."""
-    rate = lr.reshape(()).double()
     for i, p in enumerate(bucket.params):
-        moments = _Moments(bucket, i, betas, maximize, grad_scale)
-        moves = _moves(found_inf, p.device).expand(p.shape)
+        moments = _Moments(bucket, i, settings, scaling.grad_scale)
+        moves = _moves(scaling.found_inf, p.device).expand(p.shape)
         if nonfinite is not None:
             finite = moments.c.isfinite()
             nonfinite += (moves & ~finite).sum()
             moves = moves & finite
-        delta = moments.sign(bool(cautious))
-        if cautious == "rescaled":
+        delta = moments.sign(settings.cautious)
+        if settings.rescales:
             delta = delta * (p.numel() / ((delta.abs() == 1).sum().double() + 1))
-        _update(p, delta, rate, weight_decay, cautious_decay, moves)
+        _update(p, delta, settings, moves)
         moments.move_on(moves)
 
 
-def _update(
-    p: Tensor, delta: Tensor, rate: Tensor, weight_decay: float, cautious: bool, moves: Tensor
-) -> None:
-    decayed = p * (1 - rate * weight_decay)
-    if cautious:
+def _update(p: Tensor, delta: Tensor, settings: Settings, moves: Tensor) -> None:
+    rate = settings.lr.reshape(()).double()
+    decayed = p * (1 - rate * settings.weight_decay)
+    if settings.cautious_decay:
         decayed = torch.where(delta * p < 0, p, decayed)
     p.copy_(torch.where(moves, decayed - rate * delta, p))
 
 
-def ballot(
-    bucket: Bucket,
-    *,
-    betas: tuple[float, float],
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    cautious: bool,
-) -> Bucket:
+def ballot(bucket: Bucket, settings: Settings, scaling: Scaling) -> Bucket:
     """A float32 bucket that encodes to this bucket's votes: its gradients are the signs of c, as
     encode reads them, NaN where c is not finite; its parameters wait for the verdict. Moves the
     momenta on."""
@@ -116,11 +94,11 @@ def ballot(
         if g is None:
             votes.append(None)
             continue
-        moments = _Moments(bucket, i, betas, maximize, grad_scale)
+        moments = _Moments(bucket, i, settings, scaling.grad_scale)
         finite = moments.c.isfinite()
-        vote = torch.where(finite, moments.sign(cautious), torch.nan)
-        votes.append((-vote if maximize else vote).float().contiguous())
-        moments.move_on(finite & _moves(found_inf, g.device))
+        vote = torch.where(finite, moments.sign(settings.cautious), torch.nan)
+        votes.append((-vote if settings.maximize else vote).float().contiguous())
+        moments.move_on(finite & _moves(scaling.found_inf, g.device))
     shapes = [torch.empty(p.shape, device=p.device) for p in bucket.params]
     return Bucket(
         params=[torch.full_like(t, _ABSENT) for t in shapes],
@@ -129,19 +107,16 @@ def ballot(
     )
 
 
-def apply(
-    bucket: Bucket,
-    verdict: Bucket,
-    *,
-    scale: int,
-    lr: Tensor,
-    weight_decay: float,
-    cautious_decay: bool,
-) -> None:
-    """reference.apply in float64, from what the op apply wrote into the ballot's parameters:
-    -delta, float32, or nothing where no rank had a gradient."""
-    rate = lr.reshape(()).double()
+def apply(bucket: Bucket, settings: Settings, verdict: Bucket, scale: int) -> None:
+    """reference.apply in float64, from what the op apply wrote into the ballot's parameters with
+    ``ballot_settings``: -delta, float32, or nothing where no rank had a gradient."""
     for p, written in zip(bucket.params, verdict.params, strict=True):
         # Multiples of 1 / scale, which float32 holds inexactly and far apart.
         delta = -(written.double() * scale).round() / scale
-        _update(p, delta, rate, weight_decay, cautious_decay, written != _ABSENT)
+        _update(p, delta, settings, written != _ABSENT)
+
+
+def ballot_settings(settings: Settings) -> Settings:
+    """With which the op apply writes 0 * p - 1 * delta."""
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return replace(settings, lr=one, weight_decay=1.0, rounding="nearest", cautious_decay=False)

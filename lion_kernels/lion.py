@@ -6,6 +6,7 @@ loading and saving. Imports no kernel; calls torch.ops.lion_kernels.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from operator import is_
 from typing import Any
 
 import torch
@@ -13,17 +14,18 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lion_kernels import _ops, double, interchange, release, states
-from lion_kernels.bucket import Bucket, buckets_of
+from lion_kernels.bucket import Bucket, Plan, buckets_of
 from lion_kernels.checks import check_members, check_rescale, require_kernels
 from lion_kernels.dense import cut_as
 from lion_kernels.loading import Loading
 from lion_kernels.options import (
-    betas,
+    SETTINGS,
+    Settings,
+    can_change_unseen,
     check_choice,
     check_integer,
     check_options,
-    lr_tensor,
-    momentum_dtype,
+    settings_of,
     weight_decay,
 )
 from lion_kernels.scaling import Scaling, is_asked_by_a_scaler
@@ -46,15 +48,19 @@ class Lion(Optimizer):
     Every update has the size of lr: in bfloat16, rounding to nearest loses it in weights above
     about 256 lr, and loses decays below 2**-9 a step. ``rounding`` repairs both.
 
-    Works with torch.amp.GradScaler, which hands it grad_scale and found_inf: gradients are unscaled
-    in the same pass, and a step that found an infinity changes nothing. On CUDA devices a step
-    waits for nothing; with static gradients and a tensor lr on the device it can be captured into
-    a CUDA graph, after one step outside.
+    Works with torch.amp.GradScaler, which hands it grad_scale and found_inf: the step reads scaled
+    gradients and leaves them unscaled, as torch's fused optimizers do; one that found an infinity
+    changes nothing. On CUDA devices a step waits for nothing; with static gradients and a tensor lr
+    on the device it can be captured into a CUDA graph, after one step outside.
+
+    What is kept follows a parameter to another device or dtype, at the next step. A parameter
+    without a gradient is asked nothing: frozen ones may be of any dtype, layout, device and class.
 
     Args:
-        params: parameters, (name, parameter) pairs or group dicts; float32, bfloat16, float16 or
-            complex64, any shape and strides without overlaps; one device a group, a CPU or CUDA.
-            DTensors, as fully_shard makes them, step their local shards, and their states are
+        params: parameters, (name, parameter) pairs or group dicts; those with gradients float32,
+            bfloat16, float16 or complex64, or float64 and complex128 (in float64 arithmetic and
+            plain PyTorch), any shape and strides without overlaps; one device a group, a CPU or
+            CUDA. DTensors, as fully_shard makes them, step their local shards, and their states are
             DTensors too.
         lr: learning rate, a float or a tensor of one element, on the CPU or on the parameters'
             device; read in every step. Good values are 3 to 10 times below AdamW's.
@@ -81,17 +87,21 @@ class Lion(Optimizer):
             as in the paper, which takes another pass over gradients and momenta.
         cautious_weight_decay: decay only where sign(c) * p >= 0, so that decay never works
             against the update (Chen et al. 2025, arXiv:2510.12402).
-        fused_backward: step each parameter from a hook, as soon as backward has its gradient, and
-            free the gradient: their peak falls from the whole model to one parameter. step() then
-            ends the step. Accumulating gradients needs ``accumulate()``; a GradScaler is refused,
-            and clipping by global norm finds no gradients to clip, which nothing here can see.
+        fused_backward: step parameters from hooks, as soon as backward has 25 MB of gradients, and
+            free those: their peak falls from the whole model to a bucket. step() then ends the
+            step. Accumulating gradients needs ``accumulate()``; ``close()``, the end of the
+            optimizer, or another one on the same parameters ends the hooks. A GradScaler, DDP and
+            FSDP1 are refused; clipping by global norm finds no gradients to clip, which nothing
+            here can see.
         seed: of stochastic rounding.
 
     Raises:
-        ValueError: an option out of range, an unsupported dtype, mixed devices in a group, a
-            sparse gradient or one of another dtype, shape or device, a loaded state of another
-            shape. Nothing is written before it is raised.
-        RuntimeError: the compiled library is missing; CUDA parameters without triton.
+        ValueError: an option out of range, at construction, in a new group, in a loaded state or
+            in a step; a gradient or a state that does not fit its parameter; a parameter with a
+            gradient and an unsupported dtype, layout or device. It names the parameter, and nothing
+            was written, in any group.
+        RuntimeError: a sparse gradient; the compiled library is missing; CUDA parameters without
+            triton; fused_backward where gradients are not final.
     """
 
     _votes = False
@@ -120,6 +130,10 @@ class Lion(Optimizer):
         if fused_backward:
             self._release = release.Release(self)
         self._places: dict[Tensor, tuple[int, int]] = {}  # group and index, fused_backward only
+        # Of each group: what was read and asked, and still holds.
+        self._settings: dict[int, tuple[list[Any], Settings]] = {}
+        self._plans: dict[int, Plan] = {}
+        self._known_states: list[Any] = []
         self._nonfinite: dict[torch.device, Tensor] = {}
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -146,7 +160,9 @@ class Lion(Optimizer):
         if self._release is not None:
             raise TypeError("Lion with fused_backward has hooks in its parameters, and no copies")
         ours = ("seed", "_nonfinite", "_release", "_places")
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in ours}}
+        kept = {key: getattr(self, key) for key in ours}
+        asked: dict[str, Any] = {"_settings": {}, "_plans": {}, "_known_states": []}
+        return {**super().__getstate__(), **kept, **asked}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; see torch.optim.Optimizer.add_param_group."""
@@ -216,39 +232,60 @@ class Lion(Optimizer):
                     "gradients: use one or the other"
                 )
             self._release.end_step()
-        members = [self._members(i, group) for i, group in enumerate(self.param_groups)]
-        self._check(members)
-        moved = [
-            group["params"][i]
-            for group, indices in zip(self.param_groups, members, strict=True)
-            for i in indices
-        ]
-        device = moved[0].device if moved else torch.device("cpu")
+        self._forget_changed_states()
+        plans = [self._plan(number) for number in range(len(self.param_groups))]
+        self._known_states = list(self.state.values())
+        first = next((b for _, plan in plans for b in plan.buckets), None)
+        device = torch.device("cpu") if first is None else first.device
         scaling = self._agreed(Scaling.of(self, device))
-        work = [
-            self._buckets(group, indices)
-            for group, indices in zip(self.param_groups, members, strict=True)
-        ]
-        for number, buckets in enumerate(work):
-            self._step_group(number, buckets, scaling)
-        scaling.unscale(moved)
+        for number, (settings, plan) in enumerate(plans):
+            self._step_group(number, plan.buckets, settings, scaling)
+        if scaling.grad_scale is not None:
+            scaling.unscale([p for group in self.param_groups for p in group["params"]])
         for group in self.param_groups if self._release is not None else ():
             if "step" in group:
                 group["step"] += 1
         self._after_step()
 
+    def _forget_changed_states(self) -> None:
+        """Plans hold while every parameter's state is the one that they were made with."""
+        now = self.state.values()
+        if len(now) != len(self._known_states) or not all(map(is_, now, self._known_states)):
+            self._plans.clear()
+
+    def _settings_of(self, number: int) -> Settings:
+        """The group's options, read again where one is another object than at the last step."""
+        group = self.param_groups[number]
+        now = list(map(group.get, SETTINGS))
+        before, settings = self._settings.get(number, (None, None))
+        if settings is None or before is None or not all(map(is_, now, before)):
+            settings = settings_of(group)
+            check_rescale(group, number, group["cautious"], self._votes)
+            self._settings.pop(number, None)
+            if not can_change_unseen(group):
+                self._settings[number] = (list(map(group.get, SETTINGS)), settings)
+        return settings
+
+    def _plan(self, number: int) -> tuple[Settings, Plan]:
+        """The group's options and buckets; raises where an option, a parameter, a gradient or a
+        state is not as it must be."""
+        group, settings = self.param_groups[number], self._settings_of(number)
+        indices = self._members(number, group)
+        plan = self._plans.get(number)
+        if plan is None or plan.indices != indices or not plan.serves(group, settings):
+            self._check(number, indices)
+            plan = Plan(group, indices, self.state, settings)
+            self._plans[number] = plan
+        return settings, plan
+
     def _members(self, number: int, group: dict[str, Any]) -> list[int]:
         """The indices of the parameters that a step moves: those with a gradient."""
         return [i for i, p in enumerate(group["params"]) if p.grad is not None]
 
-    def _check(self, members: list[list[int]]) -> None:
-        """Raise before anything is written: options may have changed since construction."""
-        for number, indices in enumerate(members):
+    def _check(self, number: int, indices: list[int]) -> None:
+        if indices:
             group = self.param_groups[number]
-            check_options(group)
-            check_rescale(group, number, group["cautious"], self._votes)
-            if indices:
-                check_members(group, number, indices, self.state, type(self).__name__)
+            check_members(group, number, indices, self.state, type(self).__name__)
 
     def _agreed(self, scaling: Scaling) -> Scaling:
         """Whether to skip this step: what GradScaler found in the gradients, on any rank."""
@@ -258,12 +295,9 @@ class Lion(Optimizer):
         """What a subclass does at the end of a step. It must not override step itself: torch wraps
         step once a class, and hooks would run once for each wrapped one."""
 
-    def _buckets(self, group: dict[str, Any], indices: list[int]) -> list[Bucket]:
-        params = [group["params"][i] for i in indices]
-        is_compensated = group["rounding"] == "compensated"
-        return buckets_of(params, self.state, momentum_dtype(group), is_compensated)
-
-    def _step_group(self, number: int, buckets: list[Bucket], scaling: Scaling) -> None:
+    def _step_group(
+        self, number: int, buckets: list[Bucket], settings: Settings, scaling: Scaling
+    ) -> None:
         group = self.param_groups[number]
         for bucket in buckets:
             step = None
@@ -271,7 +305,7 @@ class Lion(Optimizer):
                 step = states.step_counter(group, bucket.device)
                 # Of a released step, the counter advances once, at its end.
                 step = step if self._release is None else step.clone()
-            self._step_bucket(group, bucket, scaling, self.seed, step)
+            self._step_bucket(bucket, settings, scaling, self.seed, step)
 
     def _place(self, p: Tensor) -> tuple[int, int] | None:
         """The group and the index of a parameter; None where it was taken out."""
@@ -287,82 +321,56 @@ class Lion(Optimizer):
 
     @torch.no_grad()
     def _make_states(self) -> None:
-        for group in self.param_groups:
-            trained = [i for i, p in enumerate(group["params"]) if p.requires_grad]
-            self._buckets(group, trained)
+        for number, group in enumerate(self.param_groups):
+            trained = [p for p in group["params"] if p.requires_grad]
+            buckets_of(trained, self.state, self._settings_of(number))
 
     @torch.no_grad()
     def _step_released(self, number: int, indices: list[int]) -> None:
         """What fused_backward does with parameters of a group that have their gradients. Each
         bucket rounds with bits of its own; the counter is the step's."""
-        group = self.param_groups[number]
-        check_options(group)
-        check_members(group, number, indices, self.state, type(self).__name__)
+        group, settings = self.param_groups[number], self._settings_of(number)
+        self._check(number, indices)
         seed = (self.seed + _BUCKET_SEED * (1 + indices[0])) % 2**63
-        for bucket in self._buckets(group, indices):
+        for bucket in buckets_of([group["params"][i] for i in indices], self.state, settings):
             step = None
             if "step" in group:
                 step = states.step_counter(group, bucket.device).clone()
-            self._step_bucket(group, bucket, Scaling(), seed, step)
-
-    def _agreeing(
-        self, group: dict[str, Any], bucket: Bucket, grad_scale: Tensor | None
-    ) -> Tensor | None:
-        """Of each tensor, the elements that a rescaled cautious update moves."""
-        if group["cautious"] != "rescaled":
-            return None
-        counts = torch.zeros(len(bucket.params), dtype=torch.int64, device=bucket.device)
-        torch.ops.lion_kernels.count_agreeing(
-            bucket.grads, bucket.exp_avgs, counts, betas(group)[0], bool(group["maximize"]),
-            grad_scale, bucket.scales,
-        )  # fmt: skip
-        return counts
+            self._step_bucket(bucket, settings, Scaling(), seed, step)
 
     def _step_bucket(
         self,
-        group: dict[str, Any],
         bucket: Bucket,
+        settings: Settings,
         scaling: Scaling,
         seed: int,
         step: Tensor | None,
     ) -> None:
         scaling = scaling.to(bucket.device)
-        nonfinite = self._counter(bucket.device) if group["nonfinite"] == "skip" else None
+        nonfinite = self._counter(bucket.device) if settings.skips else None
         if bucket.is_double:
-            double.step(
-                bucket,
-                lr=lr_tensor(group),
-                betas=betas(group),
-                weight_decay=weight_decay(group),
-                maximize=bool(group["maximize"]),
-                nonfinite=nonfinite,
-                grad_scale=scaling.grad_scale,
-                found_inf=scaling.found_inf,
-                cautious=group["cautious"],
-                cautious_decay=bool(group["cautious_weight_decay"]),
+            double.step(bucket, settings, scaling, nonfinite)
+        else:
+            torch.ops.lion_kernels.lion_step(
+                bucket.params,
+                bucket.grads,
+                bucket.exp_avgs,
+                settings.lr,
+                *settings.betas,
+                settings.weight_decay,
+                settings.maximize,
+                nonfinite,
+                scaling.grad_scale,
+                scaling.found_inf,
+                settings.rounding,
+                bucket.lows,
+                seed,
+                step,
+                settings.cautious,
+                settings.cautious_decay,
+                bucket.scales,
+                _agreeing(bucket, settings, scaling) if settings.rescales else None,
             )
-            bucket.write_back()
-            return
-        torch.ops.lion_kernels.lion_step(
-            bucket.params,
-            bucket.grads,
-            bucket.exp_avgs,
-            lr_tensor(group),
-            *betas(group),
-            weight_decay(group),
-            bool(group["maximize"]),
-            nonfinite,
-            scaling.grad_scale,
-            scaling.found_inf,
-            group["rounding"],
-            bucket.lows,
-            seed,
-            step,
-            bool(group["cautious"]),
-            bool(group["cautious_weight_decay"]),
-            bucket.scales,
-            self._agreeing(group, bucket, scaling.grad_scale),
-        )
         bucket.write_back()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -401,3 +409,13 @@ class Lion(Optimizer):
                     state = interchange.exported_state(library, m, p, steps)
                     exported["state"][number] = state
         return exported
+
+
+def _agreeing(bucket: Bucket, settings: Settings, scaling: Scaling) -> Tensor:
+    """Of each tensor, the elements that a rescaled cautious update moves."""
+    counts = torch.zeros(len(bucket.params), dtype=torch.int64, device=bucket.device)
+    torch.ops.lion_kernels.count_agreeing(
+        bucket.grads, bucket.exp_avgs, counts, settings.betas[0], settings.maximize,
+        scaling.grad_scale, bucket.scales,
+    )  # fmt: skip
+    return counts

@@ -4,6 +4,7 @@ the options the ops take, and who decides when a state is loaded. Knows no state
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -109,6 +110,52 @@ def check_options(group: dict[str, Any]) -> None:
         first = group["reference_lr"]
         if not first > 0.0:
             raise ValueError(f"independent_weight_decay needs an initial lr above 0, got {first}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A group's options as the ops take them."""
+
+    lr: Tensor  # of one element
+    betas: tuple[float, float]
+    weight_decay: float
+    maximize: bool
+    momentum_dtype: torch.dtype | None
+    rounding: str
+    skips: bool  # elements whose c is not finite
+    cautious: bool
+    rescales: bool
+    cautious_decay: bool
+
+
+# What Settings are read from.
+SETTINGS = (
+    "lr", "betas", "weight_decay", "maximize", "momentum_dtype", "rounding", "nonfinite",
+    "independent_weight_decay", "reference_lr", "cautious", "cautious_weight_decay",
+)  # fmt: skip
+
+
+def settings_of(group: dict[str, Any]) -> Settings:
+    """Read and check a group's options; raises as check_options."""
+    check_options(group)
+    return Settings(
+        lr=lr_tensor(group),
+        betas=betas(group),
+        weight_decay=weight_decay(group),
+        maximize=bool(group["maximize"]),
+        momentum_dtype=momentum_dtype(group),
+        rounding=group["rounding"],
+        skips=group["nonfinite"] == "skip",
+        cautious=bool(group["cautious"]),
+        rescales=group["cautious"] == "rescaled",
+        cautious_decay=bool(group["cautious_weight_decay"]),
+    )
+
+
+def can_change_unseen(group: Mapping[str, Any]) -> bool:
+    """Whether a number of a group is in something that can be written in place."""
+    numbers = group["lr"], group["weight_decay"], *group["betas"]
+    return type(group["betas"]) is not tuple or not all(type(x) in (float, int) for x in numbers)
 
 
 def weight_decay(group: Mapping[str, Any]) -> float:

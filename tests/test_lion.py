@@ -139,9 +139,9 @@ def windows(shape, strides):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ([torch.zeros(3), torch.zeros(3, device="meta")], "on one device: parameter 1 of group 0"),
+        ([torch.zeros(3), torch.zeros(3, device="meta")], "on one device: parameter 1 of group 1"),
         ([torch.zeros(3, device="meta")], "must be on the CPU or a CUDA device"),
-        ([torch.zeros(3, 1).expand(3, 4)], "must not overlap themselves: parameter 0 of group 0"),
+        ([torch.zeros(3, 1).expand(3, 4)], "must not overlap themselves: parameter 0 of group 1"),
         ([windows((3, 4), (2, 1))], "must not overlap themselves"),
         ([windows((2, 3), (3, 3))], "must not overlap themselves"),
         ([torch.zeros(3).to(torch.float8_e4m3fn)], "must be a dense tensor of float32, bfloat16"),
