@@ -24,13 +24,15 @@ def _stream_kernel(
     WRITES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    stream_elements = tl.multiple_of(stream_elements, BLOCK)
+    # multiple_of: without it the compiler loads four bytes at a time.
     tile = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(data_ptr + tile)
     for stream in tl.static_range(1, READS):
-        total += tl.load(data_ptr + stream * stream_elements + tile)
+        stream_ptr = tl.multiple_of(data_ptr + stream * stream_elements, 16)
+        total += tl.load(stream_ptr + tile)
     for stream in tl.static_range(WRITES):
-        tl.store(data_ptr + stream * stream_elements + tile, total)
+        stream_ptr = tl.multiple_of(data_ptr + stream * stream_elements, 16)
+        tl.store(stream_ptr + tile, total)
 
 
 def stream(data: torch.Tensor, reads: int, writes: int) -> int:

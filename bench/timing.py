@@ -31,6 +31,8 @@ import lion_kernels
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 NO_GPU = "none, a dry run"
+# For so long a device waits at most while the host fills its queue.
+MOST_LEAD_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class Result:
         """Median, 20th and 80th percentile."""
         fifths = quantiles(self.seconds, n=5, method="inclusive")
         return 1e3 * median(self.seconds), 1e3 * fifths[0], 1e3 * fifths[-1]
+
+    @property
+    def host_bound(self) -> bool:
+        return self.queued < 0.8
 
     @property
     def gb_per_s(self) -> float | None:
@@ -146,14 +152,15 @@ def measure(cases: list[Case], how: How, label: str, ratio: Callable[..., float]
         for case in cases if r % 2 == 0 else reversed(cases):
             name = case.name
             # Half as long again as the host took the last time, which may have been compiling.
-            lead_s = min(0.05, 5e-4 + 1.5 * host_s[name] * calls[name])
+            lead_s = min(MOST_LEAD_S, 5e-4 + 1.5 * host_s[name] * calls[name])
             timed = how.clock(case.call, calls[name], lead_s)
             host_s[name] = timed.host_s or 0.0
             if r >= how.warmup:
                 found[name].append(timed)
             elif r == how.warmup - 1:
                 wanted = math.ceil(how.enough_s / timed.seconds)
-                calls[name] = max(1, min(how.most, wanted))
+                hidden = MOST_LEAD_S / (2 * host_s[name]) if host_s[name] else wanted
+                calls[name] = max(1, min(how.most, wanted, int(hidden)))
     return [_result(case, cases, found, ratio) for case in cases]
 
 
@@ -254,7 +261,7 @@ def table(results: list[Result], ratio_header: str, sheet_gb_per_s: float | None
     for r in results:
         mid, low, high = (f"{ms:.{digits}f}" for ms in r.ms)
         rate = r.gb_per_s
-        row = {"case": r.case.name, "ms (p20-p80)": f"{mid} ({low}-{high})" + "*" * (r.queued < 1)}
+        row = {"case": r.case.name, "ms (p20-p80)": f"{mid} ({low}-{high})" + "*" * r.host_bound}
         if on_device:
             row["host us"] = "" if r.host_us is None else f"{r.host_us:.0f}"
         row["GB/s"] = "" if rate is None else f"{rate:.1f}"
@@ -264,8 +271,8 @@ def table(results: list[Result], ratio_header: str, sheet_gb_per_s: float | None
         rows.append(row | {"target": r.wanted, "reached": r.reached})
     align = ["left"] + ["right"] * (len(rows[0]) - 1)
     text = tabulate(rows, headers="keys", disable_numparse=True, colalign=align)
-    if any(r.queued < 1 for r in results):
-        text += "\n* in some rounds the device waited for the host, which is then what was timed"
+    if any(r.host_bound for r in results):
+        text += "\n* the device waited for the host in more than a fifth of the rounds"
     return text
 
 
