@@ -10,6 +10,7 @@ tune.py sweeps the launch configs.
 """
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
@@ -46,8 +47,13 @@ class Bench:
     many: list[list[int]]
     ragged: tuple[int, ...]
     ballot_bytes: int
-    data: torch.Tensor  # what the ceilings read and write
+    stream_bytes: int
     sheet: float | None  # GB/s
+
+    @functools.cached_property
+    def data(self) -> torch.Tensor:
+        """What the ceilings read and write."""
+        return random_words(self.stream_bytes // 4, device=self.device)
 
     @property
     def is_dry(self) -> bool:
@@ -66,7 +72,7 @@ def bench_on(rounds: int, dry: bool) -> Bench:
         return Bench(
             device, backends.gpu(), backends.gpu(), timing.How(rounds=2, warmup=1),
             flat=(3_000,), gpt2=gpt2_shapes(8, 301, 1)[:6], many=[[100]] * 3, ragged=(3_001, 1, 33),
-            ballot_bytes=2**16, data=random_words(2**16), sheet=None,
+            ballot_bytes=2**16, stream_bytes=2**18, sheet=None,
         )  # fmt: skip
     device = torch.device("cuda", torch.cuda.current_device())
     memory = torch.cuda.get_device_properties(device).total_memory
@@ -75,7 +81,7 @@ def bench_on(rounds: int, dry: bool) -> Bench:
         timing.How(rounds, warmup=3, clock=timing.device_clock, enough_s=0.006),
         flat=(1_000_000_000, 100_000_000), gpt2=gpt2_shapes(), many=[[50_000]] * 2_000,
         ragged=(50_021, 1, 33, 4_096), ballot_bytes=1_000_000_000,
-        data=random_words(min(4_000_000_000, memory // 20) // 4, device=device),
+        stream_bytes=min(4_000_000_000, memory // 20),
         sheet=ceilings.data_sheet_gb_per_s(device),
     )  # fmt: skip
 

@@ -32,8 +32,8 @@ import timing
 
 # All steps together, so that a machine that ends a command after ten minutes sees the end of it.
 TOTAL_S = 450
-# The tests that run something on the GPU: those of the ops with it as a back end, test_cuda.py.
-ON_GPU = "cuda and not cuda_source"
+# The tests that run something on the GPU: with it as a back end, test_ops.py and test_cuda.py.
+ON_GPU = "(cuda or test_ops) and not cuda_source"
 # In a dry run its kernels run on the host, slowly: some tests of every op.
 DRY = ["-k", "GPU and (sizes or edges or shards)"]
 
