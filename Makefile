@@ -2,6 +2,7 @@
 #
 #   make train | test | lint | bench | mutants | codegen | gpu-check | clean
 #   make PY=python3 test     that interpreter as it is: installs nothing, works offline
+#   make gpu-check OUT=DIR   all that it finds is in DIR, also when it fails or is killed
 #
 # Without PY the commands run in .venv, created on first use (from PYTHON, default python3).
 
@@ -57,11 +58,13 @@ bench: built
 codegen: built
 	@PYTHONPATH=. $(RUN) tests/codegen.py $(ARGS)
 
-# On any machine with a CUDA GPU, offline, within 8 minutes: builds, tests, sanitizer, benches.
-# Writes one JSON and one table under bench/results/.
+# On any machine with a CUDA GPU, offline, within 8 minutes beside the build: what the compiler
+# makes of the kernels, tests, bench, sanitizers. Writes into OUT or bench/results/ as it goes.
 gpu-check: export LION_KERNELS_CUDA ?= 1
-gpu-check: built
-	@PYTHONPATH=. $(RUN) bench/gpu_check.py $(ARGS)
+gpu-check:
+	@$(MAKE) --no-print-directory -s built || \
+	  { $(if $(OUT),mkdir -p $(OUT); cp build/log $(OUT)/build.log;) exit 1; }
+	@PYTHONPATH=. $(RUN) bench/gpu_check.py $(if $(OUT),--out $(OUT)) $(ARGS)
 
 # Breaks a copy of the library on purpose, again and again; every break must fail a test.
 mutants: built

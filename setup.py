@@ -4,7 +4,9 @@ LION_KERNELS_CUDA=1 makes a missing CUDA toolchain an error, =0 leaves CUDA out.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +15,23 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 FLOOR = (2, 11)
+VERSION = re.search('= "(.+)"', (ROOT / "lion_kernels" / "_version.py").read_text()).group(1)
+# -ffp-contract=off: the kernels say themselves where a multiply and an add are fused.
+FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 
+
+def toolkit() -> str:
+    """The folder of the CUDA toolkit, asked of nvcc, or "": torch takes the folder above the nvcc
+    on PATH, which has no headers where that nvcc is a wrapper script."""
+    nvcc = shutil.which("nvcc") or "true"
+    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    top = re.search(r"^#\$ TOP=(.+?)\s*$", said.stdout, re.M)
+    return os.path.realpath(top.group(1)) if top else ""
+
+
+if not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")) and toolkit():
+    os.environ["CUDA_HOME"] = toolkit()  # before torch's cpp_extension, which reads it on import
 if sys.version_info < (3, 10):  # noqa: UP036  (pip reads requires-python, this file's user may not)
     sys.exit(f"lion_kernels needs Python 3.10 or newer, got {sys.version.split()[0]}")
 try:
@@ -26,17 +44,9 @@ except ImportError:
     )
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < FLOOR:
     sys.exit(f"lion_kernels needs torch >= 2.11, got {torch.__version__}")
-compiler = cpp_extension.get_cxx_compiler()
-if shutil.which(compiler) is None:
-    sys.exit(
-        f"lion_kernels needs a C++ compiler, and {compiler!r} is not there: install g++ or set CXX"
-    )
-
-
-def version() -> str:
-    scope: dict[str, str] = {}
-    exec((ROOT / "lion_kernels" / "_version.py").read_text(), scope)
-    return scope["__version__"]
+cxx = cpp_extension.get_cxx_compiler()
+if shutil.which(cxx) is None:
+    sys.exit(f"lion_kernels needs a C++ compiler, and {cxx!r} is not there: install g++ or set CXX")
 
 
 def sources() -> tuple[list[str], list[str]]:
@@ -46,14 +56,12 @@ def sources() -> tuple[list[str], list[str]]:
         sys.exit(f"LION_KERNELS_CUDA must be 0 or 1, got {wanted!r}")
     cuda = sorted([*CSRC.glob("*.cu"), *CSRC.glob("*_cuda.cpp")])
     cpp = sorted(set(CSRC.glob("*.cpp")) - set(cuda))
-    # Where nvcc is a wrapper script, torch guesses a CUDA_HOME that has no headers.
     home = Path(cpp_extension.CUDA_HOME or "none")
     possible = torch.version.cuda and (home / "include" / "cuda_runtime.h").is_file()
     if wanted == "1" and not possible:
         sys.exit(
-            "LION_KERNELS_CUDA=1, but CUDA cannot be built: "
-            f"CUDA of torch: {torch.version.cuda}, CUDA_HOME (needs include/cuda_runtime.h): "
-            f"{cpp_extension.CUDA_HOME}"
+            f"LION_KERNELS_CUDA=1, but CUDA cannot be built: CUDA of torch: {torch.version.cuda}, "
+            f"CUDA_HOME (needs include/cuda_runtime.h): {cpp_extension.CUDA_HOME}"
         )
     if not possible or wanted == "0":
         cuda = []
@@ -77,19 +85,11 @@ setup(
             cpp + cu,
             depends=sorted(str(path) for path in CSRC.glob("*.h")),
             define_macros=[
-                ("LION_KERNELS_VERSION", f'"{version()}"'),
+                ("LION_KERNELS_VERSION", f'"{VERSION}"'),
                 ("LION_KERNELS_CUDA_ARCHS", f'"{archs}"'),
             ],
-            # -ffp-contract=off: the kernels say themselves where a multiply and an add are fused.
             extra_compile_args={
-                "cxx": [
-                    "-O3",
-                    "-g0",
-                    "-fopenmp",
-                    "-ffp-contract=off",
-                    "-Wno-psabi",
-                    "-Wno-maybe-uninitialized",
-                ],
+                "cxx": FLAGS,
                 # -lineinfo names source lines in profiles and changes no instruction.
                 "nvcc": ["-O3", "-lineinfo", "-Wno-deprecated-gpu-targets", "-Werror=all-warnings"],
             },

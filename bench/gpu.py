@@ -1,13 +1,16 @@
-"""The GPU bench: lion_kernels on one CUDA GPU against a large copy in the same run, and its peers.
+"""The GPU bench: lion_kernels on one CUDA GPU against what its memory gives in the same run, and
+its peers.
 
-Sections: `ops`, each op on one flat tensor; `tally`, the vote count; `lists`, many tensors against
-one flat tensor, called directly and replayed as a CUDA graph; `launches`, kernels and waits of a
-step; `step`, one step of several optimizers. Each op is compared with lion_kernels.reference before
-it is timed. `--dry-run` shows without a GPU that all of it runs; its times mean nothing. tune.py
-sweeps the launch configs.
+Sections, what is worth most first: `ops`, each op on one flat tensor; `step`, one step of several
+optimizers; `lists`, many tensors against one flat tensor; `tally`, the vote count; `launches`,
+kernels and waits of a step; `compiled`, what Inductor makes of Lion. Each op is compared with
+lion_kernels.reference before it is timed. Times are the device's, with its queue full, and the
+host's beside them. `--dry-run` shows without a GPU that all of it runs; its times mean nothing.
+tune.py sweeps the launch configs.
 """
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
@@ -15,25 +18,20 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
 
-import cpu
 import lion_kernels
 import peers
 import timing
-from cpu import LR, SCALARS, SETTINGS, gpt2_shapes, random_ballots, random_words
-from lion_kernels.layout import BallotLayout
-from lion_kernels.reference import quantize
+import workload
+from cpu import FUSED, SETTINGS, gpt2_shapes, random_ballots, random_words
 from peers import KINDS, OURS, parameters
 from timing import Case, Report, Result
-
-# (op, planes) that are timed on lists and tuned.
-PLAIN = (("lion_step", 0), ("encode", 1), ("apply", 1))
-SCALES = {1: 1, 2: 2, 4: 8}  # of a verdict of so many planes
+from workload import PLAIN, Workload, cold, in_turn, name_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,13 @@ class Bench:
     many: list[list[int]]
     ragged: tuple[int, ...]
     ballot_bytes: int
-    copy: Case
+    stream_bytes: int
+    sheet: float | None  # GB/s
+
+    @functools.cached_property
+    def data(self) -> torch.Tensor:
+        """What the ceilings read and write."""
+        return random_words(self.stream_bytes // 4, device=self.device)
 
     @property
     def is_dry(self) -> bool:
@@ -59,30 +63,26 @@ class Bench:
 Section = Callable[[Bench, Report], None]
 
 
-def copy_case(n_bytes: int, device: torch.device) -> Case:
-    """The ceiling: a copy that reads so many bytes and writes as many."""
-    source, target = (random_words(n_bytes // 4, device=device) for _ in range(2))
-    return Case("copy", partial(target.copy_, source), 2 * source.nbytes)
-
-
 def bench_on(rounds: int, dry: bool) -> Bench:
     import backends  # after main has said whether there is a GPU
+    import ceilings
 
     if dry:
         device = torch.device("cpu")
         return Bench(
             device, backends.gpu(), backends.gpu(), timing.How(rounds=2, warmup=1),
             flat=(3_000,), gpt2=gpt2_shapes(8, 301, 1)[:6], many=[[100]] * 3, ragged=(3_001, 1, 33),
-            ballot_bytes=2**16, copy=copy_case(2**20, device),
+            ballot_bytes=2**16, stream_bytes=2**18, sheet=None,
         )  # fmt: skip
     device = torch.device("cuda", torch.cuda.current_device())
     memory = torch.cuda.get_device_properties(device).total_memory
     return Bench(
         device, torch.ops.lion_kernels, backends.gpu(),
-        timing.How(rounds, warmup=3, clock=timing.device_clock, enough_s=0.01),
-        flat=(100_000_000, 1_000_000_000), gpt2=gpt2_shapes(), many=[[10_000]] * 2_000,
-        ragged=(50_021, 1, 33, 4_096), ballot_bytes=256_000_000,
-        copy=copy_case(min(2_000_000_000, memory // 20), device),
+        timing.How(rounds, warmup=3, clock=timing.device_clock, enough_s=0.006),
+        flat=(1_000_000_000, 100_000_000), gpt2=gpt2_shapes(), many=[[50_000]] * 2_000,
+        ragged=(50_021, 1, 33, 4_096), ballot_bytes=1_000_000_000,
+        stream_bytes=min(4_000_000_000, memory // 20),
+        sheet=ceilings.data_sheet_gb_per_s(device),
     )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def header(dry: bool) -> dict[str, object]:
         driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
     except OSError:
         driver = ""
-    found: dict[str, object] = {"gpu": "none, a dry run"}
+    found: dict[str, object] = {"gpu": timing.NO_GPU}
     if not dry:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         found = {
@@ -106,178 +106,120 @@ def header(dry: bool) -> dict[str, object]:
     return {**found, **versions, "triton": triton.__version__, **timing.header()}
 
 
-class Workload:
-    """Tensors of some shapes and one kind, and all that the ops take along with them."""
-
-    def __init__(self, shapes: list[list[int]], kind: str, device: str | torch.device) -> None:
-        p_dtype, m_dtype = KINDS[kind]
-        self.device = device
-        self.params = [torch.randn(shape, dtype=p_dtype, device=device) for shape in shapes]
-        self.grads = [torch.randn_like(p) for p in self.params]
-        momenta = [torch.randn(shape, device=device) for shape in shapes]
-        self.scales = None
-        if m_dtype == torch.int8:
-            stored = [quantize(m) for m in momenta]
-            self.exp_avgs, self.scales = [q for q, _ in stored], [scale for _, scale in stored]
-        else:
-            self.exp_avgs = [m.to(m_dtype) for m in momenta]
-        self.layout = BallotLayout(tuple(p.numel() for p in self.params), planes=1, shards=1)
-        self.flags = torch.full((1, self.layout.flag_words), -1, dtype=torch.int32, device=device)
-        self.step, self.counter = (
-            torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2)
-        )
-        self.sizes = p_dtype.itemsize, peers.momentum_bytes(kind)
-        self._words: dict[int, Tensor] = {}
-
-    def words(self, planes: int) -> Tensor:
-        """A ballot or a verdict of so many planes."""
-        if planes not in self._words:
-            room = self.layout.words_per_shard
-            self._words[planes] = random_ballots(1, planes, room, self.device)
-        return self._words[planes]
-
-    def arguments(self, op: str, planes: int) -> tuple[list[Any], list[Tensor]]:
-        """What the op takes, and those of it that it writes."""
-        if op == "lion_step":
-            args = [self.params, self.grads, self.exp_avgs, LR, *SCALARS, False]
-            args += [None, None, None, "nearest", None, 0, None, False, False, self.scales]
-            return args, [*self.params, *self.exp_avgs, *(self.scales or ())]
-        words = self.words(planes)
-        if op == "encode":
-            args = [self.grads, self.exp_avgs, words, self.flags, *SETTINGS["betas"], False, 0, 0]
-            args += [self.step, self.counter, None, None, False, self.scales]
-            written = [*self.exp_avgs, words, self.flags, self.counter]
-            return args, [*written, *(self.scales or ())]
-        args = [self.params, words, self.flags, SCALES[planes], LR, SETTINGS["weight_decay"]]
-        return [*args, self.step], [*self.params, self.step]
-
-    def call(self, ops: Any, op: str, planes: int) -> Callable[[], object]:
-        return partial(getattr(ops, op), *self.arguments(op, planes)[0])
-
-    def n_bytes(self, op: str, planes: int) -> int:
-        """Read plus written; a plane of bits is one eighth of a byte an element."""
-        p, m = self.sizes
-        each = {"lion_step": 3 * p + 2 * m, "encode": p + 2 * m, "apply": 2 * p}[op]
-        n = sum(self.layout.numels)
-        return int(each * n) + planes * n // 8
-
-    def case(self, ops: Any, op: str, planes: int, **rest: Any) -> Case:
-        kind = {"encode": {1: ", binary", 2: ", ternary"}.get(planes), "lion_step": ""}
-        name = op + kind.get(op, f", {planes} plane{'s' * (planes > 1)}")
-        return Case(name, self.call(ops, op, planes), self.n_bytes(op, planes), **rest)
+# Sections ops and tally: shares of the ceilings.
 
 
-# Correct first: a kernel that differs from the reference has no time.
+def shares(bench: Bench, label: str, cases: list[tuple[Case, int, int]]) -> list[Result]:
+    """Each case, of so many bytes read and written, against a plain kernel with such a mix."""
+    import ceilings
 
-
-def wrong_ops(bench: Bench, variants: list[tuple[str, int]], kind: str) -> list[str]:
-    """Those of the (op, planes) that are wrong on tensors of ragged sizes."""
-    small = Workload([[n] for n in bench.ragged], kind, "cpu")
-    return [
-        f"{op}, {planes} planes, {kind}"
-        for op, planes in variants
-        if cpu.differs(op, *small.arguments(op, planes), bench.checked_ops)
+    mixes = [ceilings.nearest(read, written) for _, read, written in cases]
+    plain = {mix: ceilings.ceiling_of(bench.data, mix, label) for mix in dict.fromkeys(mixes)}
+    named = [
+        replace(case, name=f"{case.name}, {label}", n_bytes=read + written, against=plain[mix].name)
+        for (case, read, written), mix in zip(cases, mixes, strict=True)
     ]
+    beside = [ceilings.copy_case(bench.data, label), *plain.values()]
+    return timing.measure([*beside, *named], bench.how, label, timing.rate_ratio)
 
 
-def check(bench: Bench) -> None:
-    """Exit with a message where a result is wrong."""
-    variants = [*PLAIN, ("encode", 2), ("apply", 2), ("apply", 4)]
-    wrong = [name for kind in KINDS for name in wrong_ops(bench, variants, kind)]
-    wrong += cpu.check_counts(bench.checked_ops) + cpu.check_optimizer(bench.device)
-    if wrong:
-        sys.exit("wrong results, nothing was timed:\n  " + "\n  ".join(wrong))
+def add(
+    report: Report, section: str, title: str, results: list[Result], ratio: str, bench: Bench,
+    *notes: str,
+) -> None:  # fmt: skip
+    """A table, as soon as it is measured."""
+    rows = timing.rows_of(results, bench.sheet)
+    report.add(section, rows, title, timing.table(results, ratio, bench.sheet), *notes)
 
 
-# Sections ops and tally: shares of the copy.
-
-
-def shares(bench: Bench, label: str, cases: list[Case], host: bool = False) -> list[Result]:
-    ceiling = replace(bench.copy, name=f"copy, {label}")
-    named = [replace(c, name=f"{c.name}, {label}", against=ceiling.name) for c in cases]
-    how = bench.how
-    return timing.measure([ceiling, *named], how, label, timing.rate_ratio, host)
-
-
-def has_room(n_bytes: int, bench: Bench) -> bool:
+def has_room(n_bytes: float, bench: Bench) -> bool:
     if bench.is_dry:
         return True
     torch.cuda.empty_cache()
     return 1.1 * n_bytes < torch.cuda.mem_get_info()[0]
 
 
+def target_of(op: str, kind: str) -> float:
+    if "int8" in kind and op != "apply":
+        return 0.80
+    return 0.95 if op == "lion_step" else 0.92
+
+
 def flat_shares(bench: Bench, n: int, kind: str) -> list[Result]:
     """Its own function: what it allocates is free before the next."""
-    work = Workload([[n]], kind, bench.device)
+    works = cold([[n]], kind, bench.device)
     variants = [("lion_step", 0), ("encode", 1), ("encode", 2)]
-    if work.sizes[0] == work.sizes[1]:  # apply knows no momentum: once for each type of p
-        variants += [("apply", 1), ("apply", 2), ("apply", 4)]
-    cases = [work.case(bench.ops, *variant, target=0.92) for variant in variants]
-    return shares(bench, f"{kind}, {n:.0e}".replace("e+0", "e"), cases, host=True)
+    if works[0].sizes[0] == works[0].sizes[1]:  # apply knows no momentum: once a type of p
+        variants += [("apply", 1), ("apply", 2), ("apply", 4), ("apply", 8)]
+    cases = []
+    for variant in variants:
+        call = in_turn([work.call(bench.ops, *variant) for work in works])
+        case = Case(name_of(*variant), call, target=target_of(variant[0], kind))
+        cases.append((case, *works[0].traffic(*variant)))
+    return shares(bench, f"{kind}, {n:.0e}".replace("e+0", "e"), cases)
 
 
 def ops_section(bench: Bench, report: Report) -> None:
-    results, notes = [], []
+    title = "each op on one flat tensor, in one launch; bytes read plus written, one eighth an "
+    title += "element for each plane of bits; share of a plain kernel with that mix of them"
     for n in bench.flat:
         for kind, (p_dtype, m_dtype) in KINDS.items():
-            # A momentum is drawn in float32 and then stored.
-            if has_room((2 * p_dtype.itemsize + m_dtype.itemsize + 5) * n, bench):
-                results += flat_shares(bench, n, kind)
+            # Of some workloads; a momentum is drawn in float32 and then stored.
+            elements = n + workload.LARGE // p_dtype.itemsize * (not bench.is_dry)
+            if has_room((2 * p_dtype.itemsize + m_dtype.itemsize + 5) * elements, bench):
+                add(report, "ops", title, flat_shares(bench, n, kind), "of ceiling", bench)
             else:
-                notes.append(f"{kind}, {n:.0e}: left out, more than the free memory")
-    title = "each op on one flat tensor, in one launch; share of the copy's bytes/s"
-    notes.append("bytes: read plus written, one eighth an element for each plane of bits")
-    report.add("ops", timing.rows_of(results), title, timing.table(results, "of copy"), *notes)
+                note = f"{kind}, {n:.0e}: left out, more than the free memory"
+                report.add("ops", [], title, note)
 
 
 def tally_section(bench: Bench, report: Report) -> None:
-    results = []
-    for n, planes in ((2, 1), (8, 1), (64, 1), (8, 2)):
+    title = f"{bench.ballot_bytes / 1e6:.3g} MB of ballots; bytes: ballots read, planes written"
+    for n, planes in ((8, 1), (64, 1), (2, 1), (8, 2)):
         words = bench.ballot_bytes // (4 * n * planes) // 4 * 4
         ballots = random_ballots(n, planes, words, bench.device)
         scale = n * planes
         tally = random_words(scale.bit_length(), words, device=bench.device)
         verdict = random_words(2, words, device=bench.device)
         step = torch.zeros(1, dtype=torch.int64, device=bench.device)
-        target = 0.85 if n >= 8 else None
+        target = 0.92 if n >= 8 else None
         counted = partial(bench.ops.tally, ballots, tally, scale)
         elected = partial(bench.ops.elect, ballots, verdict, scale, 0, 0, step)
         cases = [
-            Case("tally", counted, ballots.nbytes + tally.nbytes, target=target),
-            Case("elect", elected, ballots.nbytes + verdict.nbytes, target=target),
+            (Case("tally", counted, target=target), ballots.nbytes, tally.nbytes),
+            (Case("elect", elected, target=target), ballots.nbytes, verdict.nbytes),
         ]
-        results += shares(bench, f"N={n} {'binary' if planes == 1 else 'ternary'}", cases)
-    title = f"{bench.ballot_bytes / 1e6:.3g} MB of ballots; share of the copy's bytes/s"
-    note = "bytes: ballots read plus planes written"
-    report.add("tally", timing.rows_of(results), title, timing.table(results, "of copy"), note)
+        results = shares(bench, f"N={n} {'binary' if planes == 1 else 'ternary'}", cases)
+        add(report, "tally", title, results, "of ceiling", bench)
 
 
 # Section lists.
 
 
 def lists_section(bench: Bench, report: Report) -> None:
-    results = []
+    title = "lists of tensors, replayed as a CUDA graph and called directly, against one flat "
+    title += "tensor of that size"
     for name, shapes, kind, limit in (
-        ("GPT-2", bench.gpt2, "fp32", 1.15),
-        ("GPT-2", bench.gpt2, "bf16", 1.15),
-        ("2,000 x 10,000", bench.many, "fp32", None),
+        ("GPT-2", bench.gpt2, "fp32", 1.10),
+        ("GPT-2", bench.gpt2, "bf16", 1.10),
+        (f"{len(bench.many):,} x {bench.many[0][0]:,}", bench.many, "fp32", None),
     ):
-        listed = Workload(shapes, kind, bench.device)
-        flat = Workload([[sum(listed.layout.numels)]], kind, bench.device)
+        results = []
+        listed = cold(shapes, kind, bench.device)
+        flat = cold([[sum(listed[0].layout.numels)]], kind, bench.device)
+        replayed = (lambda call: call) if bench.is_dry else timing.replayed
         for op, planes in PLAIN:
-            label, n_bytes = f"{op}, {kind}, {name}", listed.n_bytes(op, planes)
-            one, call = (work.call(bench.ops, op, planes) for work in (flat, listed))
-            graph = call if bench.is_dry else timing.replayed(call)
-            rest = {"n_bytes": n_bytes, "against": f"{label}: flat", "limit": limit}
+            label, n_bytes = f"{op}, {kind}, {name}", sum(listed[0].traffic(op, planes))
+            one, direct = ([w.call(bench.ops, op, planes) for w in ws] for ws in (flat, listed))
+            one, graphs = ([replayed(call) for call in calls] for calls in (one, direct))
+            rest = {"n_bytes": n_bytes, "against": f"{label}: flat"}
             cases = [
-                Case(f"{label}: flat", one, n_bytes),
-                Case(f"{label}: list", call, **rest),
-                Case(f"{label}: list, graph", graph, **rest),
+                Case(f"{label}: flat", in_turn(one), n_bytes),
+                Case(f"{label}: list", in_turn(graphs), limit=limit, **rest),
+                Case(f"{label}: list, no graph", in_turn(direct), **rest),
             ]
-            results += timing.measure(cases, bench.how, label, timing.time_ratio, host=True)
-    title = "lists of tensors, called directly and as a CUDA graph, against one flat tensor"
-    note = "host us: until the call returned"
-    report.add("lists", timing.rows_of(results), title, timing.table(results, "flat = 1"), note)
+            results += timing.measure(cases, bench.how, label, timing.time_ratio)
+        add(report, "lists", title, results, "flat = 1", bench)
 
 
 # Section launches.
@@ -316,57 +258,78 @@ def launches_section(bench: Bench, report: Report) -> None:
     report.add("launches", rows, title, tabulate(body, headers="keys"))
 
 
-# Section step.
+# Sections step and compiled.
 
 
-def step_section(bench: Bench, report: Report) -> None:
-    results, notes = [], []
-    for name, shapes in (("GPT-2", bench.gpt2), ("flat", [[bench.flat[0]]])):
-        for kind, (p_dtype, _) in KINDS.items():
+def step_rows(
+    bench: Bench, report: Report, section: str, places: list, kinds: Any, title: str
+) -> None:
+    """Ours and the peers that the section has, in every place and of every kind."""
+    # Peers with a launch for every tensor would overflow the device's queue with more calls.
+    how = replace(bench.how, most=2)
+    for name, shapes in places:
+        for kind in kinds:
+            p_dtype = KINDS[kind][0]
             params = parameters(shapes, p_dtype, bench.device)
             n, p, m = sum(x.numel() for x in params), p_dtype.itemsize, peers.momentum_bytes(kind)
             # All update the same parameters from the same gradients: only states take memory.
-            found, lines = peers.steps(params, kind, bench.is_dry)
+            found, notes = peers.steps(params, kind, bench.is_dry, compiled=section == "compiled")
             # Lion reads p, g, m and writes p, m.
             n_bytes = dict.fromkeys(found, int((3 * p + 2 * m) * n))
-            n_bytes["torch AdamW, fused"] = int((3 * p + 4 * m) * n)
+            n_bytes[FUSED] = int((3 * p + 4 * m) * n)
             label = f"{kind}, {name}"
             ours = f"{OURS}, {label}"
             cases = [
-                Case(f"{peer}, {label}", step, n_bytes[peer], "" if peer == OURS else ours)
+                Case(
+                    f"{peer}, {label}", step, n_bytes[peer], "" if peer == OURS else ours,
+                    1.33 if peer == FUSED else None,
+                )
                 for peer, step in found.items()
-            ]
-            results += timing.measure(cases, bench.how, label, timing.time_ratio, host=True)
-            notes += [line for line in lines if line not in notes]
-    title = f"one step: GPT-2, {len(bench.gpt2)} tensors, and one flat tensor of {bench.flat[0]:,}"
-    notes.append("GB/s: of the bytes that the formula needs, whatever an implementation moves")
-    report.add("step", timing.rows_of(results), title, timing.table(results, "ours = 1"), *notes)
+            ]  # fmt: skip
+            results = timing.measure(cases, how, label, timing.time_ratio)
+            add(report, section, title, results, "ours = 1", bench, *notes)
+
+
+STEP_TITLE = "GB/s: of the bytes that the formula needs, whatever an implementation moves"
+
+
+def step_section(bench: Bench, report: Report) -> None:
+    places = [("GPT-2", bench.gpt2), ("flat", [[bench.flat[-1]]])]
+    title = f"one step of GPT-2, {len(bench.gpt2)} tensors, and of one flat tensor; {STEP_TITLE}"
+    step_rows(bench, report, "step", places, KINDS, title)
+
+
+def compiled_section(bench: Bench, report: Report) -> None:
+    """Last, and flat: Inductor compiles a list of tensors for a minute."""
+    places = [("flat", [[bench.flat[-1]]])]
+    title = f"foreach Lion under torch.compile, one flat tensor; {STEP_TITLE}"
+    step_rows(bench, report, "compiled", places, ("fp32", "bf16"), title)
 
 
 SECTIONS: dict[str, Section] = {
     "ops": ops_section,
-    "tally": tally_section,
-    "lists": lists_section,
-    "launches": launches_section,
     "step": step_section,
+    "lists": lists_section,
+    "tally": tally_section,
+    "launches": launches_section,
+    "compiled": compiled_section,
 }
 
 
 def arguments(sections: dict[str, Section], doc: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=21, help="timed rounds (default 21)")
-    parser.add_argument(
-        "--only", nargs="+", choices=sections, default=list(sections), help="sections (default all)"
-    )
-    parser.add_argument(
-        "--save", action="store_true", help="write bench/results/gpu-<model>-<date>.json and .md"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU: does it run")
+    add = parser.add_argument
+    add("--rounds", type=int, default=21, help="timed rounds (default 21)")
+    add("--only", nargs="+", choices=sections, default=list(sections), help="sections, in order")
+    add(
+        "--save", nargs="?", type=Path, const=timing.RESULTS, metavar="DIR",
+        help="write gpu-<model>-<date>.json and .md (default into bench/results)",
+    )  # fmt: skip
+    add("--dry-run", action="store_true", help="tiny, on the CPU: does it run")
+    add("--check-only", action="store_true", help="compare with the reference, time nothing")
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds must be at least 2")
-    if args.dry_run and args.save:
-        parser.error("--dry-run times nothing worth keeping: leave out --save")
     return args
 
 
@@ -384,9 +347,12 @@ def run(sections: dict[str, Section], stem: str, doc: str) -> None:
     torch.manual_seed(0)
     bench = bench_on(args.rounds, args.dry_run)
     print("compiling, and comparing with the reference ...", flush=True)
-    check(bench)
+    if wrong := workload.wrong(bench.checked_ops, bench.ragged, bench.device):
+        sys.exit("wrong results, nothing was timed:\n  " + "\n  ".join(wrong))
+    if args.check_only:
+        return print("every op equals the reference, bit for bit")
     head = header(args.dry_run)
-    path = timing.result_path(stem, head["gpu"], head["date"]) if args.save else None
+    path = timing.result_path(stem, head["gpu"], head["date"], args.save) if args.save else None
     report = Report(head, path)
     failed = []
     for name in args.only:
@@ -396,7 +362,7 @@ def run(sections: dict[str, Section], stem: str, doc: str) -> None:
             traceback.print_exc()
             failed.append(name)
     if path is not None and path.exists():
-        print(f"wrote {path.relative_to(timing.ROOT)} and {path.with_suffix('.md').name}")
+        print(f"wrote {path} and {path.with_suffix('.md').name}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -59,8 +59,11 @@ def compiled_lion(params: list[Tensor], m_dtype: torch.dtype, dry: bool) -> Call
     return partial(update, plain, [p.grad for p in params], exp_avgs)
 
 
-def makers(params: list[Tensor], kind: str, dry: bool) -> Iterator[tuple[str, Callable]]:
-    """(name, what makes its step) of every optimizer that can have this kind of momentum."""
+def makers(
+    params: list[Tensor], kind: str, dry: bool, compiled: bool
+) -> Iterator[tuple[str, Callable]]:
+    """(name, what makes its step) of ours and of every optimizer that can have this kind of
+    momentum; or of ours and what Inductor makes of Lion."""
 
     def of(module: str, name: str = "Lion", **options: object) -> Callable[[], Callable]:
         return lambda: (
@@ -69,6 +72,9 @@ def makers(params: list[Tensor], kind: str, dry: bool) -> Iterator[tuple[str, Ca
 
     m_dtype = KINDS[kind][1]
     yield OURS, of("lion_kernels", momentum_dtype=m_dtype)
+    if compiled:
+        yield "foreach Lion, torch.compile", lambda: compiled_lion(params, m_dtype, dry)
+        return
     if m_dtype == params[0].dtype:
         fused = partial(torch.optim.AdamW, params, **SETTINGS, fused=True)
         yield "torch AdamW, fused", lambda: fused().step
@@ -76,16 +82,16 @@ def makers(params: list[Tensor], kind: str, dry: bool) -> Iterator[tuple[str, Ca
         yield "optimi, triton", of("optimi", triton=True, kahan_sum=False)
     if m_dtype == torch.int8:
         yield "bitsandbytes Lion8bit", of("bitsandbytes.optim", "Lion8bit")
-        return
-    yield "foreach Lion, torch.compile", lambda: compiled_lion(params, m_dtype, dry)
     if m_dtype == torch.float32:  # the type of its momenta, whatever the parameters
         yield "bitsandbytes Lion", of("bitsandbytes.optim")
 
 
-def steps(params: list[Tensor], kind: str, dry: bool) -> tuple[dict[str, Callable], list[str]]:
+def steps(
+    params: list[Tensor], kind: str, dry: bool, compiled: bool = False
+) -> tuple[dict[str, Callable], list[str]]:
     """The step of every optimizer at hand, run once, and a line for each of the others."""
     found, notes = {}, []
-    for name, make in makers(params, kind, dry):
+    for name, make in makers(params, kind, dry, compiled):
         try:
             step = make()
             step()

@@ -1,8 +1,9 @@
-"""Sweeps the launch configs of kernels/launch.py on one CUDA GPU: the share of a copy's bytes/s
-that each reaches, best first.
+"""Sweeps the launch configs of kernels/launch.py on one CUDA GPU: the share of a plain kernel's
+bytes/s that each reaches, best first, a section for each config.
 
-Every config is compared with lion_kernels.reference before it is timed. `--dry-run` shows without a
-GPU that all of it runs.
+Where the margin is small: 16-bit types, int8 momenta, ternary ballots, several planes, options, at
+the size of one layer group and on GPT-2's list. Every config is compared with
+lion_kernels.reference before it is timed. `--dry-run` shows without a GPU that all of it runs.
 """
 
 from functools import partial
@@ -13,8 +14,17 @@ from tabulate import tabulate
 
 import gpu
 from timing import Case, Report
+from workload import cold, in_turn, name_of, wrong_ops
 
-ROOMS = {"lion_step": "STEP", "encode": "ENCODE", "apply": "APPLY"}
+INT8 = ("fp32, int8 momentum", "bf16, int8 momentum")
+# Config: whether the ops have options, and the (op, planes) and kinds that it is chosen by.
+ROOMS = {
+    "STEP": (False, [("lion_step", 0)], ("fp32", "bf16", *INT8)),
+    "ENCODE": (False, [("encode", 1), ("encode", 2)], ("fp32", "bf16", *INT8)),
+    "APPLY": (False, [("apply", 1), ("apply", 2), ("apply", 4)], ("fp32", "bf16")),
+    "STEP_WITH_OPTIONS": (True, [("lion_step", 0)], ("fp32", "bf16")),
+    "ENCODE_WITH_OPTIONS": (True, [("encode", 1)], ("fp32", "bf16")),
+}
 # By elements a thread; others leave it too little to load at once, or too much to keep.
 REGISTERS = {4: (32, 64), 8: (32, 64), 16: (64, 128), 32: (128, 255)}
 
@@ -33,49 +43,68 @@ def configs(shipped: Any, dry: bool) -> list[Any]:
     return found[:2] if dry else found
 
 
-def tune(bench: gpu.Bench, report: Report) -> None:
-    """Shares of the copy's bytes/s for every launch config of every Triton kernel, best first."""
+def refused(bench: gpu.Bench, variants: list[tuple[str, int]], kinds: tuple[str, ...]) -> list[str]:
+    """Why the config in use has no time: wrong results, or what the compiler or the device said."""
+    try:
+        ops, sizes = bench.checked_ops, bench.ragged
+        return [wrong for kind in kinds for wrong in wrong_ops(ops, sizes, variants, kind)]
+    except Exception as error:
+        return [f"{type(error).__name__}: {str(error).strip()[:160]}"]
+
+
+def shares(bench: gpu.Bench, room: str, right: list[Any]) -> dict[str, list[float]]:
+    """By workload: of each config, in their order."""
     from lion_kernels.kernels import launch
 
-    flat = [[bench.flat[0]]]
-    places = [("flat", flat, "fp32"), ("flat", flat, "bf16"), ("GPT-2", bench.gpt2, "fp32")]
-    works = {
-        f"{kind}, {name}": gpu.Workload(shapes, kind, bench.device) for name, shapes, kind in places
-    }
-    for op, planes in gpu.PLAIN:
-        shipped, notes, right = getattr(launch, ROOMS[op]), [], []
-        use = partial(setattr, launch, ROOMS[op])
+    options, variants, kinds = ROOMS[room]
+    places = [("flat", [[bench.flat[-1]]], kind) for kind in kinds]
+    places += [("GPT-2", bench.gpt2, kind) for kind in ("fp32", "bf16")]
+    found = {}
+    for place, shapes, kind in places:
+        works = cold(shapes, kind, bench.device, options)
+        for variant in variants:
+            cases = []
+            for config in right:
+                setattr(launch, room, config)
+                call = in_turn([work.call(bench.ops, *variant) for work in works])
+                with_config = partial(run_with, launch, room, config, call)
+                cases.append((Case(str(config), with_config), *works[0].traffic(*variant)))
+            label = f"{name_of(*variant)}, {kind}, {place}"
+            results = gpu.shares(bench, label, cases)[-len(cases) :]
+            found[label] = [result.ratio for result in results]
+    return found
+
+
+def run_with(launch: Any, room: str, config: Any, call: Any) -> None:
+    setattr(launch, room, config)
+    call()
+
+
+def tune(room: str, bench: gpu.Bench, report: Report) -> None:
+    from lion_kernels.kernels import launch
+
+    _, variants, kinds = ROOMS[room]
+    shipped, notes, right = getattr(launch, room), [], []
+    try:
         for config in configs(shipped, bench.is_dry):
-            use(config)
-            try:
-                variant = [(op, planes)]
-                wrong = [w for k in ("fp32", "bf16") for w in gpu.wrong_ops(bench, variant, k)]
-            except Exception as error:  # a config that the compiler or the device refuses
-                wrong = [f"{type(error).__name__}: {str(error).strip()[:160]}"]
-            notes += [f"{config}: no time, {message}" for message in wrong]
-            right += [] if wrong else [config]
-        found: dict[Any, list[float]] = {config: [] for config in right}
-        for label, work in works.items():
-            call = work.call(bench.ops, op, planes)
-            n_bytes = work.n_bytes(op, planes)
-            cases = [
-                Case(str(c), lambda c=c, use=use, call=call: (use(c), call()), n_bytes)
-                for c in right
-            ]
-            for config, result in zip(right, gpu.shares(bench, label, cases)[1:], strict=True):
-                found[config].append(result.ratio)
-        use(shipped)
-        best = sorted(found, key=lambda config: -mean(found[config]))
-        rows = [
-            {"block": c.block, "num_warps": c.num_warps, "registers": c.registers}
-            | {label: round(share, 4) for label, share in zip(works, found[c], strict=True)}
-            | {"mean": round(mean(found[c]), 4), "shipped": c == shipped}
-            for c in best
-        ]
-        body = [row | {"shipped": "yes" if row["shipped"] else ""} for row in rows]
-        table = tabulate(body, headers="keys", floatfmt=".3f")
-        report.add(f"tune {ROOMS[op]}", rows, f"{op}: share of the copy's bytes/s", table, *notes)
+            setattr(launch, room, config)
+            messages = refused(bench, variants, kinds)
+            notes += [f"{config}: no time, {message}" for message in messages]
+            right += [] if messages else [config]
+        found = shares(bench, room, right)
+    finally:
+        setattr(launch, room, shipped)
+    rows = [
+        {"block": c.block, "num_warps": c.num_warps, "registers": c.registers}
+        | {label: round(values[i], 4) for label, values in found.items()}
+        | {"mean": round(mean(values[i] for values in found.values()), 4), "shipped": c == shipped}
+        for i, c in enumerate(right)
+    ]
+    rows.sort(key=lambda row: -row["mean"])
+    body = [row | {"shipped": "yes" if row["shipped"] else ""} for row in rows]
+    table = tabulate(body, headers="keys", floatfmt=".3f")
+    report.add(room, rows, "share of a plain kernel's bytes/s", table, *notes)
 
 
 if __name__ == "__main__":
-    gpu.run({"tune": tune}, "gpu-tune", __doc__)
+    gpu.run({room: partial(tune, room) for room in ROOMS}, "gpu-tune", __doc__)

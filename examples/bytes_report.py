@@ -36,7 +36,8 @@ def sent_by(op: str, args: tuple[Any, ...], ranks: int) -> int:
 
 
 class WireCounter(TorchDispatchMode):
-    """While it is entered, adds up what this rank's collectives send."""
+    """While it is entered, adds up what this rank's collectives send. Every op within goes through
+    Python: entered around more than the collectives, it is what one measures."""
 
     def __init__(self, ranks: int) -> None:
         super().__init__()

@@ -135,10 +135,11 @@ def evaluate(
     return total.item() / (math.log(2) * len(starts) * args.context)
 
 
-def average_gradients(params: list[nn.Parameter], flat: Tensor) -> None:
+def average_gradients(params: list[nn.Parameter], flat: Tensor, counter: WireCounter) -> None:
     """Replace the gradients by their mean over the ranks, sent as one bfloat16 buffer."""
     flat.copy_(torch.cat([p.grad.flatten() for p in params]) / dist.get_world_size())
-    dist.all_reduce(flat)
+    with counter:
+        dist.all_reduce(flat)
     for p, mean in zip(params, flat.split([p.numel() for p in params]), strict=True):
         p.grad.copy_(mean.view_as(p))
 
@@ -197,13 +198,13 @@ def train(
             start = time.perf_counter()
             optimizer.param_groups[0]["lr"] = base_lr * schedule(step, args)
             batch = draw_batch(text[0], args, step).to(device)
-            with counter:
-                loss = loss_of(model, batch)
-                loss.backward()
-                if not votes:
-                    average_gradients(params, flat)
+            loss = loss_of(model, batch)
+            loss.backward()
+            if not votes:
+                average_gradients(params, flat, counter)
+            with counter if votes else contextlib.nullcontext():
                 optimizer.step()
-                optimizer.zero_grad()
+            optimizer.zero_grad()
             # Eight bytes for the progress bar and for Ctrl-C, the same for all: not counted.
             mean_loss, stopped = stop_agreed(loss, stop, parent)
             run.seconds += time.perf_counter() - start

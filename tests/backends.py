@@ -59,10 +59,21 @@ def _cast_impl(self, src, dst_type):
     return _cast(self, src, dst_type)
 
 
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_lang_tensor(tensor, scope):
+    """A tensor of one element is an index. The interpreter of triton 3.6 calls int on its array,
+    which numpy 2.5 refuses unless it has no dimension."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
 if not HAS_CUDA:
     np.seterr(over="ignore", invalid="ignore")  # what a GPU does without a word
     interpreter.InterpreterBuilder.create_fma = _fma
     interpreter.InterpreterBuilder.cast_impl = _cast_impl
+    interpreter._patch_lang_tensor = _patch_lang_tensor
 
 
 class OnHost:

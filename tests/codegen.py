@@ -164,8 +164,9 @@ def table(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="the figures, for machines")
+    parser.add_argument("--arch", nargs="+", type=int, default=ARCHS, help="e.g. 90 (default all)")
     args = parser.parse_args()
-    rows = compile_all(progress=not args.json)
+    rows = compile_all(args.arch, progress=not args.json)
     print(json.dumps(rows) if args.json else table(rows))
     print(f"triton {triton.__version__}, {len(rows)} kernels", file=sys.stderr)
 

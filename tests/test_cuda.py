@@ -4,6 +4,9 @@ The ops themselves run on the GPU through the `backend` fixture of the other fil
 """
 
 import copy
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ import backends
 from common import bits_equal, exact, generator, lr_of, no_counts, step_of
 from lion_kernels import DistributedLion, Lion
 from lion_kernels.layout import BallotLayout
+from test_sharded import KINDS, beside_plain_tensors
 
 pytestmark = pytest.mark.skipif(not backends.HAS_CUDA, reason="needs a CUDA device")
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.3}
@@ -312,29 +316,41 @@ def test_gloo_ranks_share_the_gpu(worlds, n, exchange):
         assert all(bits_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def nccl_vote(rank, n, store, options):
+def over_nccl(rank, n, store, function, *args):
     torch.cuda.set_device(rank)
+    os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=n)
     try:
-        return vote(rank, "cuda", options)
+        return function(rank, *args)
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.nccl
-@pytest.mark.parametrize("exchange", ["allgather", "sharded"])
-def test_nccl_ranks(tmp_path, worlds, exchange):
-    n = min(torch.cuda.device_count(), 4)
-    if n < 2:
-        pytest.skip(f"needs two CUDA devices, got {n}")
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    options = {"exchange": exchange, "ties": "coin", "seed": 3}
+def run_over_nccl(n, tmp_path, function, *args):
+    """function(rank, *args) of n ranks, one GPU and one process each."""
     with ProcessPoolExecutor(n, mp_context=get_context("spawn")) as pool:
         store = str(tmp_path / "store")
-        jobs = [pool.submit(nccl_vote, rank, n, store, options) for rank in range(n)]
-        on_gpu = [job.result(timeout=100) for job in jobs]
+        jobs = [pool.submit(over_nccl, rank, n, store, function, *args) for rank in range(n)]
+        return [job.result(timeout=100) for job in jobs]
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "sharded"])
+@pytest.mark.parametrize("n", [1, *(pytest.param(n, marks=pytest.mark.nccl) for n in (2, 4))])
+def test_nccl_ranks(tmp_path, worlds, n, exchange):
+    if n > torch.cuda.device_count():
+        pytest.skip(f"needs {n} CUDA devices, got {torch.cuda.device_count()}")
+    options = {"exchange": exchange, "ties": "coin", "seed": 3}
+    on_gpu = run_over_nccl(n, tmp_path, vote, "cuda", options)
     on_cpu = worlds(n).run(vote, "cpu", options)
     for a, b in zip(on_gpu, on_cpu, strict=True):
         assert all(bits_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def every_kind_of_shard(rank):
+    return [beside_plain_tensors(rank, options, "cuda")[0] for options in KINDS]
+
+
+def test_fully_shard_on_the_gpu(tmp_path):
+    """Forward, backward and step of DTensors on CUDA; one rank, so that one GPU is enough."""
+    (results,) = run_over_nccl(1, tmp_path, every_kind_of_shard)
+    assert len(results) == len(KINDS) and all(all(same) for same in results)

@@ -1,4 +1,5 @@
-"""Lion on DTensors: each rank steps its shard of a model that fully_shard cut, over Gloo."""
+"""Lion on DTensors: each rank steps its shard of a model that fully_shard cut, over Gloo and on
+CPUs; test_cuda.py has the GPU's case."""
 
 import pytest
 import torch
@@ -24,17 +25,25 @@ def model_of(options):
     return torch.nn.Sequential(*layers).to(torch.bfloat16 if half else torch.float32)
 
 
-def sharded(options):
+def mesh_on(device):
+    """All ranks. Named, because fully_shard's own mesh is CUDA's on a machine that has CUDA."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device, (torch.distributed.get_world_size(),))
+
+
+def sharded(options, device="cpu"):
     from torch.distributed.fsdp import fully_shard
 
-    model = model_of(options)
-    fully_shard(model)
+    model = model_of(options).to(device)
+    fully_shard(model, mesh=mesh_on(device))
     return model, Lion(model.named_parameters(), **OPTIONS, **options)
 
 
 def backward(model, step):
     """The same batch on every rank: gradients of the mean are those of one process."""
-    x = torch.randn(8, 61, generator=generator(step)).to(next(model.parameters()).dtype)
+    p = next(model.parameters())
+    x = torch.randn(8, 61, generator=generator(step)).to(p.device, p.dtype)
     model(x).float().square().mean().backward()
 
 
@@ -54,9 +63,9 @@ def tensors(model, opt):
     return [local(t).detach().clone() for p in params for t in (p, *opt.state[p].values())]
 
 
-def beside_plain_tensors(rank, options):
+def beside_plain_tensors(rank, options, device="cpu"):
     """Each shard beside a plain tensor with its values and its gradients."""
-    model, opt = sharded(options)
+    model, opt = sharded(options, device)
     plain = [torch.nn.Parameter(local(p).detach().clone()) for p in model.parameters()]
     twin = Lion(plain, **OPTIONS, **options)
     for step in range(4):
@@ -74,6 +83,7 @@ def beside_plain_tensors(rank, options):
     exported = opt.export_state_dict("lion-pytorch")["state"]
     twins = twin.export_state_dict("lion-pytorch")["state"]
     same += [bits_equal(local(exported[i]["exp_avg"]), twins[i]["exp_avg"]) for i in twins]
+    assert all(local(p).device.type == device for p in model.parameters())
     return same, [p.numel() for p in plain]
 
 
@@ -160,7 +170,8 @@ def load(rank, folder, options, dim):
     from torch.distributed.tensor import Shard
 
     model = model_of(options)
-    fully_shard(model, shard_placement_fn=lambda p: Shard(min(dim, p.dim() - 1)))
+    cut = {"shard_placement_fn": lambda p: Shard(min(dim, p.dim() - 1))}
+    fully_shard(model, mesh=mesh_on("cpu"), **cut)
     opt = Lion(model.named_parameters(), **OPTIONS, **options)
     state = {"opt": get_optimizer_state_dict(model, opt)}
     dcp.load(state, checkpoint_id=folder)
