@@ -12,6 +12,9 @@ namespace {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
+// Bytes of the largest access of a GPU's thread.
+constexpr int64_t kAlignment = 16;
+
 // Calls put with a tensor's rank, pointer, dtype, device, sizes and strides, one after the other.
 template <class Put>
 void numbers_of(const at::Tensor& tensor, Put put) {
@@ -23,45 +26,45 @@ void numbers_of(const at::Tensor& tensor, Put put) {
   for (const int64_t stride : tensor.strides()) put(stride);
 }
 
-// The numbers of every tensor of every list: int64 on the CPU.
-at::Tensor identity(const OptionalTensors& params, const OptionalTensors& grads,
-                    const OptionalTensors& exp_avgs, const OptionalTensors& lows,
-                    const OptionalTensors& scales) {
+// First the addresses of the gradients (0: none), which may be others in every step; then the
+// numbers of every tensor of `fixed`, and those of the gradients but for their addresses, of which
+// only the alignment counts. int64 on the CPU.
+at::Tensor identity(const OptionalTensors& fixed, const OptionalTensors& grads) {
   std::vector<int64_t> numbers;
-  numbers.reserve(8 * (params.size() + grads.size() + exp_avgs.size()));
-  for (const OptionalTensors* list : {&params, &grads, &exp_avgs, &lows, &scales}) {
-    numbers.push_back(static_cast<int64_t>(list->size()));
-    for (const std::optional<at::Tensor>& tensor : *list) {
-      if (!tensor.has_value()) {
-        numbers.push_back(-1);
-        continue;
-      }
-      numbers_of(*tensor, [&](int64_t number) { numbers.push_back(number); });
-    }
+  numbers.reserve(grads.size() + 8 * (fixed.size() + grads.size()));
+  const auto put = [&](int64_t number) { numbers.push_back(number); };
+  for (const std::optional<at::Tensor>& g : grads)
+    put(g.has_value() ? reinterpret_cast<int64_t>(g->const_data_ptr()) : 0);
+  for (const std::optional<at::Tensor>& tensor : fixed)
+    tensor.has_value() ? numbers_of(*tensor, put) : put(-1);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const std::optional<at::Tensor> g = grads.get(i);
+    const size_t at = numbers.size();
+    g.has_value() ? numbers_of(*g, put) : put(-1);
+    if (g.has_value()) numbers[at + 1] %= kAlignment;
   }
   at::Tensor out = at::empty({static_cast<int64_t>(numbers.size())}, at::kLong);
   std::memcpy(out.data_ptr<int64_t>(), numbers.data(), numbers.size() * sizeof(int64_t));
   return out;
 }
 
-// Whether `list` is what its numbers at `at` say, one by one.
-bool is_same(at::TensorList list, const int64_t*& at, const int64_t* end) {
-  bool same = end - at >= 1 && *at++ == static_cast<int64_t>(list.size());
+// Whether the numbers of `list`, one tensor after the other, are those from `at` to `end`.
+bool is_same(at::TensorList list, const int64_t* at, const int64_t* end) {
+  bool same = true;
   for (const at::Tensor& tensor : list) {
     // The rank says how many numbers follow: read no further than they go.
     if (!same || end - at < 4 + 2 * tensor.dim() || *at != tensor.dim()) return false;
     numbers_of(tensor, [&](int64_t number) { same = same && *at++ == number; });
   }
-  return same;
+  return same && at == end;
 }
 
 // Which gradients are not in the memory layout of their parameters; {-1} where a parameter is not
 // what its numbers in `identity` say, or a gradient does not fit its parameter.
 std::vector<int64_t> odd_gradients(const at::Tensor& identity, at::TensorList params,
                                    const OptionalTensors& grads) {
-  const int64_t* at = identity.const_data_ptr<int64_t>();
-  const int64_t* end = at + identity.numel();
-  if (!is_same(params, at, end)) return {-1};
+  const int64_t* numbers = identity.const_data_ptr<int64_t>();
+  if (!is_same(params, numbers, numbers + identity.numel())) return {-1};
   std::vector<int64_t> odd;
   for (size_t i = 0; i < params.size(); ++i) {
     const std::optional<at::Tensor> g = grads.get(i);
@@ -81,9 +84,7 @@ std::vector<int64_t> odd_gradients(const at::Tensor& identity, at::TensorList pa
 
 TORCH_LIBRARY_FRAGMENT(lion_kernels, m) {
   m.def("_odd_gradients(Tensor identity, Tensor[] params, Tensor?[] grads) -> int[]");
-  m.def(
-      "_identity(Tensor?[] params, Tensor?[] grads, Tensor?[] exp_avgs, Tensor?[] lows, "
-      "Tensor?[] scales) -> Tensor");
+  m.def("_identity(Tensor?[] fixed, Tensor?[] grads) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(lion_kernels, CompositeExplicitAutograd, m) {
   m.impl("_identity", identity);

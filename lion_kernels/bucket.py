@@ -115,7 +115,7 @@ class Plan:
         self._has_all = all(len(kept) == len(members) for kept in self._kept.values())
         self._always_odd = [i for i, p in enumerate(self._members) if p.is_complex()]
         if self._lasts:
-            self._identity = torch.ops.lion_kernels._identity(self._members, [], [], [], [])
+            self._identity = torch.ops.lion_kernels._identity(self._members, [])
 
     def serves(self, group: dict[str, Any], settings: Settings) -> bool:
         """Whether the buckets are those of the group's present parameters and states; if so, they

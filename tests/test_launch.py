@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import backends
 from common import Dispatched, bits_equal, exact, generator, lr_of, no_counts, step_of
-from lion_kernels import Lion, _ops, kernels, reference
+from lion_kernels import Lion, _ops, kernels, options, reference
 from lion_kernels.kernels import launch, table
 from lion_kernels.layout import BallotLayout
 from simulate import SimulatedWorld
@@ -78,22 +78,64 @@ def test_a_table_is_built_when_a_pointer_changed(counts):
     for _ in range(3):
         step(p, g, m)
     assert counts["build"] == 1
-    g[1] = g[1].clone()
-    for _ in range(3):
+    twins = [[t.clone() for t in tensors] for tensors in (p, g, m)]
+    for seed in range(3):  # gradients elsewhere: the table is patched
+        g[1] = exact(5, generator(50 + seed))
+        g[seed % 2] = g[seed % 2].clone()
         step(p, g, m)
+        reference.lion_step(twins[0], g, twins[2], lr_of(0.1), 0.5, 0.75, 0.3, False)
+        assert all(bits_equal(a, b) for a, b in zip(p + m, twins[0] + twins[2], strict=True))
+    assert counts["build"] == 1
+    room = torch.zeros(108)
+    g[0] = room[1:101].copy_(g[0])  # off 16 bytes: the tiles are masked
+    step(p, g, m)
     assert counts["build"] == 2
-    step(p[:1], g[:1], m[:1])
+    m[1] = m[1].clone()
+    step(p, g, m)
     assert counts["build"] == 3
+    step(p[:1], g[:1], m[:1])
+    assert counts["build"] == 4
 
 
 def test_old_tables_are_dropped(counts, monkeypatch):
-    monkeypatch.setattr(table, "_MOST", 2)
+    step(*lists([9]))
+    monkeypatch.setattr(table, "_MOST_BYTES", 2 * table._found.popitem()[1].n_bytes)
+    counts["build"] = 0
     args = [lists([9], seed=i) for i in range(3)]
     for _ in range(2):
         for p, g, m in args:
             step(p, g, m)
     assert counts["build"] == 6
-    assert len(table._tables) == 2
+    assert len(table._found) == 2
+
+
+def test_bytes_are_what_bounds_the_tables():
+    """As many lists as there are: a table of one tensor is small, gradient release has many."""
+    table._found.clear()
+    for n in range(40):
+        step(*lists([n + 1]))
+    assert len(table._found) == 40
+    assert sum(each.n_bytes for each in table._found.values()) < 40 * 300
+
+
+def test_captures_keep_nothing(monkeypatch):
+    """What is built while a graph is captured is the graph's: nothing here keeps it, several in a
+    row are as good as one, and the tables of other steps stay as they are."""
+    p, g, m = lists([100, 5])
+    step(p, g, m)
+    before = {key: each.addresses.clone() for key, each in table._found.items()}
+    monkeypatch.setattr(table, "is_capturing", lambda _: True)
+    sizes = []
+    for seed in range(3):
+        g = lists([100, 5], seed=seed)[1]
+        twins = [[t.clone() for t in tensors] for tensors in (p, g, m)]
+        step(p, g, m)
+        reference.lion_step(*twins, lr_of(0.1), 0.5, 0.75, 0.3, False)
+        assert all(bits_equal(a, b) for a, b in zip(p + m, twins[0] + twins[2], strict=True))
+        sizes.append(len(table._captured_tile_rows))
+    assert sizes == [sizes[0]] * 3
+    assert before.keys() == table._found.keys()
+    assert all(torch.equal(before[key], each.addresses) for key, each in table._found.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -265,13 +307,14 @@ def test_dispatch_really_changes(gpu_dispatch, counts):
 
 
 def test_a_step_reads_nothing_on_the_host(gpu_dispatch, monkeypatch):
-    """With an lr on the device, a step of Lion dispatches one op, and never asks for a value. The
-    kernel itself is left out: its interpreter does."""
+    """With an lr on the device, a step of Lion dispatches one op beside a look at the gradients,
+    and never asks for a value. The kernel itself is left out: its interpreter does."""
     params = [torch.nn.Parameter(torch.zeros(n)) for n in (40, 3)]
     opt = Lion(params, lr=torch.tensor(0.1), weight_decay=0.1, momentum_dtype=torch.bfloat16)
     for p in params:
         p.grad = torch.ones_like(p)
     monkeypatch.setattr(launch, "_is_on_host", lambda _: False)
+    monkeypatch.setattr(options, "check_number", lambda name, value, **_: value)  # of the lr
     opt.step()
     launches = []
     monkeypatch.setattr(launch, "_step_kernel", {(2,): lambda *_, **kinds: launches.append(kinds)})
@@ -280,5 +323,5 @@ def test_a_step_reads_nothing_on_the_host(gpu_dispatch, monkeypatch):
     with Dispatched() as seen:
         opt.step()
     monkeypatch.undo()
-    assert seen.names == ["lion_kernels::lion_step"]
+    assert seen.names == ["lion_kernels::_odd_gradients", "lion_kernels::lion_step"]
     assert len(launches) == 1

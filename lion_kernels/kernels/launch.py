@@ -203,10 +203,10 @@ def lion_step(
         used = _used(exp_avgs, scales)
         return rows_by_dtypes(params, grads, exp_avgs, kept, used, (params, exp_avgs))
 
-    tensors = identity(params, grads, exp_avgs, lows or (), scales or ())
+    tensors, addresses = identity(grads, params, exp_avgs, lows or (), scales or ())
     scalars = _shapes(lr, grad_scale, found_inf, step)
     counts = () if agreeing is None else _layouts(agreeing)
-    key = ("lion_step", tensors, rounding, cautious, *scalars, *counts)
+    key = ("lion_step", *tensors, rounding, cautious, *scalars, *counts)
     if nonfinite is not None:
         _check_place(nonfinite, "nonfinite", device, torch.int64)
     if step is not None:
@@ -222,7 +222,7 @@ def lion_step(
     is_plain = nonfinite is None and not cautious and not cautious_decay
     config = STEP if is_plain else STEP_WITH_OPTIONS
     with _on(device):
-        found = tables(key, config.block, device, launches)
+        found = tables(key, addresses, config.block, device, launches)
         for i, ((p_dtype, m_dtype), table) in enumerate(found):
             _step_kernel[(table.n_tiles,)](
                 table.rows, table.tile_rows, table.rows if nonfinite is None else nonfinite,
@@ -259,12 +259,13 @@ def count_agreeing(
         absent, used = [None] * len(grads), _used(exp_avgs, scales)
         return rows_by_dtypes(absent, grads, exp_avgs, absent, used, (grads, exp_avgs))
 
-    tensors = identity((), grads, exp_avgs, (), scales or ())
-    key = ("count_agreeing", tensors, *_layouts(agreeing), *_shapes(grad_scale))
+    tensors, addresses = identity(grads, exp_avgs, scales or ())
+    key = ("count_agreeing", *tensors, *_layouts(agreeing), *_shapes(grad_scale))
     complement1, _ = _complements(beta1, 0.0, maximize)
     scale_address = _address(grad_scale, "grad_scale", device)
     with _on(device):
-        for (g_dtype, m_dtype), table in tables(key, AGREEING.block, device, launches):
+        found = tables(key, addresses, AGREEING.block, device, launches)
+        for (g_dtype, m_dtype), table in found:
             _agreeing_kernel[(table.n_tiles,)](
                 table.rows, table.tile_rows, agreeing, beta1, complement1, scale_address,
                 G=TRITON_DTYPES[g_dtype], M=TRITON_DTYPES[m_dtype],
@@ -309,8 +310,8 @@ def encode(
         return pack_flags([g is not None for g in grads], flags.shape[1])
 
     buffers = _layouts(ballot, flags)
-    tensors = identity((), grads, exp_avgs, (), scales or ())
-    key = ("encode", tensors, *buffers, *_shapes(step, grad_scale, found_inf))
+    tensors, addresses = identity(grads, exp_avgs, scales or ())
+    key = ("encode", *tensors, *buffers, *_shapes(step, grad_scale, found_inf))
     _check_place(step, "step", device, torch.int64)
     _check_place(nonfinite, "nonfinite", device, torch.int64)
     complement1, complement2 = _complements(beta1, beta2, maximize)
@@ -319,7 +320,7 @@ def encode(
     found_inf_address = _address(found_inf, "found_inf", device)
     config = ENCODE_WITH_OPTIONS if cautious else ENCODE
     with _on(device):
-        found = tables(key, config.block, device, launches, flag_words)
+        found = tables(key, addresses, config.block, device, launches, flag_words)
         shards, planes, words_per_shard = ballot.shape
         for i, ((g_dtype, m_dtype), table) in enumerate(found):
             # The first launch has a program more for each shard, which writes its flags.
@@ -365,15 +366,15 @@ def apply(
         return rows_by_dtypes(params, absent, absent, kept, absent, (params,))
 
     buffers = _layouts(verdict, presence)
-    tensors = identity(params, (), (), lows or ())
-    key = ("apply", tensors, rounding, *buffers, scale, *_shapes(lr, step, found_inf))
+    tensors, addresses = identity((), params, lows or ())
+    key = ("apply", *tensors, rounding, *buffers, scale, *_shapes(lr, step, found_inf))
     _check_place(step, "step", device, torch.int64)
     rate = _rate(lr, device)
     found_inf_address = _address(found_inf, "found_inf", device)
     in_kernel = rounding != "stochastic"
     with _on(device):
         _, planes, words_per_shard = verdict.shape
-        found = tables(key, APPLY.block, device, launches)
+        found = tables(key, addresses, APPLY.block, device, launches)
         for i, ((dtype,), table) in enumerate(found):
             _apply_kernel[(table.n_tiles,)](
                 table.rows, table.tile_rows, verdict, presence, step, *rate, _bits(weight_decay),

@@ -1,7 +1,8 @@
 """Tables of pointers: what lets one launch handle every tensor of a list.
 
-A table has a row a tensor (columns in bits.py) and the row of each tile. It lives on the device; it
-is built, and sent from pinned memory without waiting, only when a pointer changed. Knows no op.
+A table has a row a tensor (columns in bits.py) and the row of each tile. It lies on the device, is
+built once for a list of tensors and sent from pinned memory without waiting; gradients that lie
+elsewhere in the next step are patched in. Knows no op.
 """
 
 import threading
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lion_kernels.kernels import WARM_UP, is_capturing
+from lion_kernels.kernels import bits, is_capturing
 from lion_kernels.layout import words_of
 
 # One tensor of a list: pointers of p, g, m, low and scale (0: absent), elements, first word, place.
@@ -22,68 +23,96 @@ Key = tuple[object, ...]
 Launches = dict[tuple[torch.dtype, ...], list[Row]]
 
 
+_COLUMNS, _GRAD = int(bits.COLUMNS.value), int(bits.GRAD.value)
+
+
 @dataclass
 class Table:
     rows: Tensor  # int64: the columns of each tensor, then the presence flags
     flags: Tensor  # int64 (flag words,), a view of rows
     tile_rows: Tensor  # int32 (tiles,)
-    staging: Tensor  # pinned: a captured copy reads it again at every replay
-    spare: Tensor | None  # pinned: nothing can be pinned while a graph is captured
-    stream: torch.cuda.Stream | None
-    sent: torch.cuda.Event | None
+    values: Tensor  # what rows holds, on the host
+    # Where gradients stand in values, and in the list: int64.
+    slots: Tensor
+    indices: Tensor
 
     @property
     def n_tiles(self) -> int:
         return self.tile_rows.numel()
 
+    @property
+    def n_bytes(self) -> int:
+        """On the device, in pinned memory and on the host."""
+        return 3 * self.rows.nbytes + self.tile_rows.nbytes
 
-_tables: OrderedDict[Key, list[tuple[tuple[torch.dtype, ...], Table]]] = OrderedDict()
+    def patch(self, addresses: Tensor) -> None:
+        """Point to the gradients at ``addresses``, one for each tensor of the list. What reads the
+        table was queued on this stream before, or comes after."""
+        self.values[self.slots] = addresses[self.indices]
+        self.rows.copy_(_pinned(self.values, self.rows.device), non_blocking=True)
+
+
+@dataclass
+class Found:
+    """The tables of a list, one a launch, and the addresses of the gradients that they point to."""
+
+    tables: list[tuple[tuple[torch.dtype, ...], Table]]
+    addresses: Tensor
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(table.n_bytes for _, table in self.tables)
+
+
+# Of each list and stream: what is patched on a stream is read on it alone.
+_found: OrderedDict[Key, Found] = OrderedDict()
 _tile_rows: OrderedDict[Key, Tensor] = OrderedDict()
-# Captured graphs read these for as long as they live.
-_captured: list[Table] = []
-# A table is small, and gradient release has one a parameter.
-_MOST = 4096
+# Captured graphs read these for as long as they live: one for every list of sizes, whatever is
+# captured with it.
+_captured_tile_rows: dict[Key, Tensor] = {}
+# A step of a thousand tensors of 100M elements takes 0.4 MB.
+_MOST_BYTES = 64 * 2**20
 # Backward calls from a thread of each device.
 _lock = threading.RLock()
 
 
-def _trim(cache: OrderedDict) -> None:
-    while len(cache) > _MOST:
-        cache.popitem(last=False)
+def _trim(found: OrderedDict[Key, Found]) -> None:
+    """Drop the oldest lists until the others have few enough bytes."""
+    total = sum(each.n_bytes for each in found.values())
+    while total > _MOST_BYTES and len(found) > 1:
+        total -= found.popitem(last=False)[1].n_bytes
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _pinned(values: Tensor, device: torch.device) -> Tensor:
+    """A copy to send from without waiting. PyTorch's allocator keeps it until it was read: for a
+    graph that is captured, as long as the graph lives."""
+    return values.pin_memory() if device.type == "cuda" else values.clone()
 
 
 def _tile_rows_of(tiles: tuple[int, ...], device: torch.device) -> Tensor:
     """The row of each tile, int32, for rows of so many tiles."""
     if is_capturing(device):
         # Sent on any stream: the device was synchronized before the capture.
-        found = (rows for key, rows in _tile_rows.items() if key[:2] == (tiles, device))
-        if (rows := next(found, None)) is None:
-            raise RuntimeError(WARM_UP)
-        return rows
-    is_cuda = device.type == "cuda"
-    key = (tiles, device, torch.cuda.current_stream(device).cuda_stream if is_cuda else 0)
+        sent = (rows for key, rows in _tile_rows.items() if key[:2] == (tiles, device))
+        if (rows := _captured_tile_rows.get((tiles, device), next(sent, None))) is not None:
+            _captured_tile_rows[tiles, device] = rows
+            return rows
+        return _new_tile_rows(tiles, device)
+    key = (tiles, device, _stream(device))
     if key not in _tile_rows:
-        rows = torch.arange(len(tiles), dtype=torch.int32).repeat_interleave(torch.tensor(tiles))
-        if device.type == "cuda":
-            rows = rows.pin_memory().to(device, non_blocking=True)
-        _tile_rows[key] = rows
-        _trim(_tile_rows)
+        _tile_rows[key] = _new_tile_rows(tiles, device)
+        while len(_tile_rows) > 64:  # lists of sizes; tables keep those that they read
+            _tile_rows.popitem(last=False)
     return _tile_rows[key]
 
 
-def _staging(n: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    if device.type != "cuda":
-        return torch.empty(n, dtype=torch.int64), None
-    if is_capturing(device):
-        for table in (table for tables in _tables.values() for _, table in tables):
-            if table.spare is not None and table.spare.numel() == n:
-                spare, table.spare = table.spare, None
-                return spare, None
-        raise RuntimeError(WARM_UP)
-    return (
-        torch.empty(n, dtype=torch.int64, pin_memory=True),
-        torch.empty(n, dtype=torch.int64, pin_memory=True),
-    )
+def _new_tile_rows(tiles: tuple[int, ...], device: torch.device) -> Tensor:
+    rows = torch.arange(len(tiles), dtype=torch.int32).repeat_interleave(torch.tensor(tiles))
+    return _pinned(rows, device).to(device, non_blocking=True)
 
 
 def _build(rows: Sequence[Row], flags: Sequence[int], block: int, device: torch.device) -> Table:
@@ -98,50 +127,28 @@ def _build(rows: Sequence[Row], flags: Sequence[int], block: int, device: torch.
         first_tile += tiles[-1]
     values += [0] * (len(values) % 2)  # the flags start at 16 bytes
     values += flags
-    tile_rows = _tile_rows_of(tuple(tiles), device)
-    staging, spare = _staging(len(values), device)
-    staging.copy_(torch.tensor(values, dtype=torch.int64))
-    on_device = staging.to(device, non_blocking=True)
-    table = Table(
+    on_host = torch.tensor(values, dtype=torch.int64)
+    on_device = _pinned(on_host, device).to(device, non_blocking=True)
+    with_gradient = [(r, row[-1]) for r, row in enumerate(rows) if row[1] != 0]
+    return Table(
         rows=on_device,
         flags=on_device[len(values) - len(flags) :],
-        tile_rows=tile_rows,
-        staging=staging,
-        spare=spare,
-        stream=None,
-        sent=None,
+        tile_rows=_tile_rows_of(tuple(tiles), device),
+        values=on_host,
+        slots=torch.tensor([r * _COLUMNS + _GRAD for r, _ in with_gradient], dtype=torch.int64),
+        indices=torch.tensor([index for _, index in with_gradient], dtype=torch.int64),
     )
-    if device.type == "cuda" and not is_capturing(device):
-        table.stream = torch.cuda.current_stream(device)
-        table.sent = table.stream.record_event()
-    return table
-
-
-def _make_ready(table: Table, device: torch.device) -> None:
-    """Order the current stream behind the copy of a table that another stream sent."""
-    if is_capturing(device):
-        # torch.cuda.graph waits for the whole device before it captures: the copy has ended.
-        _captured.append(table)
-    elif table.stream is not None:
-        stream = torch.cuda.current_stream(device)
-        if stream != table.stream and table.sent is not None:
-            stream.wait_event(table.sent)
-            table.rows.record_stream(stream)
-            table.tile_rows.record_stream(stream)
-        if table.spare is None:
-            table.spare = torch.empty_like(table.staging, pin_memory=True)
 
 
 def identity(
-    params: Sequence[Tensor | None] = (),
-    grads: Sequence[Tensor | None] = (),
-    exp_avgs: Sequence[Tensor | None] = (),
-    lows: Sequence[Tensor | None] = (),
-    scales: Sequence[Tensor | None] = (),
-) -> bytes:
-    """What a table and the checks of lists depend on: equal for lists that are the same."""
-    lists = params, grads, exp_avgs, lows, scales
-    return torch.ops.lion_kernels._identity(*lists).numpy().tobytes()
+    grads: Sequence[Tensor | None] = (), *fixed: Sequence[Tensor | None]
+) -> tuple[Key, Tensor]:
+    """What a table and the checks of lists depend on: equal for lists that are the same, wherever
+    their gradients lie; and the addresses of the gradients."""
+    together = [t for tensors in fixed for t in tensors]
+    numbers = torch.ops.lion_kernels._identity(together, grads)
+    n = len(grads)
+    return (*map(len, fixed), n, numbers[n:].numpy().tobytes()), numbers[:n]
 
 
 def check_dense(
@@ -171,39 +178,35 @@ def check_dense(
 
 def tables(
     key: Key,
+    addresses: Tensor,
     block: int,
     device: torch.device,
     launches: Callable[[], Launches],
     flags: Callable[[], Sequence[int]] = tuple,
 ) -> list[tuple[tuple[torch.dtype, ...], Table]]:
-    """(dtypes, table) of each launch of a list; from the cache where ``key`` was seen before,
-    else ``launches()`` checks the list and says its rows."""
-    key = (*key, block, device)
+    """(dtypes, table) of each launch of a list; from the cache where ``key`` was seen before on
+    this stream, with its gradients at ``addresses``; else ``launches()`` checks the list and says
+    its rows."""
+
+    def build() -> Found:
+        rows = launches().items()
+        return Found([(t, _build(each, flags(), block, device)) for t, each in rows], addresses)
+
     with _lock:
-        return _tables_of(key, block, device, launches, flags)
-
-
-def _tables_of(
-    key: Key,
-    block: int,
-    device: torch.device,
-    launches: Callable[[], Launches],
-    flags: Callable[[], Sequence[int]],
-) -> list[tuple[tuple[torch.dtype, ...], Table]]:
-    found = _tables.get(key)
-    if found is None:
-        found = [
-            (dtypes, _build(rows, flags(), block, device)) for dtypes, rows in launches().items()
-        ]
         # What a capture builds is sent by its graph's replays alone: no other call may use it.
-        if not is_capturing(device):
-            _tables[key] = found
-            _trim(_tables)
-    else:
-        _tables.move_to_end(key)
-    for _, table in found:
-        _make_ready(table, device)
-    return found
+        if is_capturing(device):
+            return build().tables
+        key = (*key, block, device, _stream(device))
+        found = _found.get(key)
+        if found is None:
+            found = _found[key] = build()
+            _trim(_found)
+        _found.move_to_end(key)
+        if not torch.equal(found.addresses, addresses):
+            for _, table in found.tables:
+                table.patch(addresses)
+            found.addresses = addresses
+        return found.tables
 
 
 def rows_by_dtypes(
