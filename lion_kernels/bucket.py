@@ -101,8 +101,9 @@ class Plan:
         state: dict[Tensor, Any],
         settings: Settings,
     ) -> None:
-        self.indices = indices
         self._group_params = list(group["params"])
+        chosen = set(indices)
+        self.others = [p for i, p in enumerate(group["params"]) if i not in chosen]
         self._stored = (settings.momentum_dtype, settings.rounding)
         members = [group["params"][i] for i in indices]
         self.buckets = buckets_of(members, state, settings)
@@ -117,9 +118,9 @@ class Plan:
         if self._lasts:
             self._identity = torch.ops.lion_kernels._identity(self._members, [])
 
-    def serves(self, group: dict[str, Any], settings: Settings) -> bool:
-        """Whether the buckets are those of the group's present parameters and states; if so, they
-        have its present gradients."""
+    def serves(self, group: dict[str, Any], settings: Settings, may_be_missing: bool) -> bool:
+        """Whether the buckets are those of the group's present parameters and states, each with a
+        gradient unless that may be missing; if so, they have its present gradients."""
         params = group["params"]
         if (
             not self._lasts
@@ -136,7 +137,9 @@ class Plan:
             except KeyError:
                 return False
         grads: list[Tensor | None] = [p.grad for p in self._members]
-        odd = torch.ops.lion_kernels._odd_gradients(self._identity, self._members, grads)
+        odd = torch.ops.lion_kernels._odd_gradients(
+            self._identity, self._members, grads, may_be_missing
+        )
         if odd == [-1]:
             return False
         self._take(grads, sorted({*odd, *self._always_odd}))

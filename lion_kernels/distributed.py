@@ -244,20 +244,25 @@ class DistributedLion(Lion):
         if self._check_every and self._steps % self._check_every == 0:
             self.verify_replicas()
 
+    def _is_member(self, p: Tensor) -> bool:
+        return p.grad is not None or (self._votes and p.requires_grad)
+
     def _members(self, number: int, group: dict[str, Any]) -> list[int]:
         """The indices of the parameters that this rank votes on or abstains from: those that have
         had a gradient, or might, on any rank. Ranks agree on them at a group's first step, and
         again where one gets a gradient that none expected, in the same step on every rank."""
-        self._check_nonfinite(number)
+        mine = super()._members(number, group)
         if self._world_size == 1:
-            return super()._members(number, group)
+            return mine
         known = self._voters.get(number)
-        mine = {i for i, p in enumerate(group["params"]) if p.requires_grad or p.grad is not None}
-        if known is None or not mine.issubset(known):
-            self._voters[number] = known = union_of(
-                mine.union(known or ()), self._group, self._device()
-            )
+        if known is None or not set(mine).issubset(known):
+            every = union_of({*mine, *(known or ())}, self._group, self._device())
+            self._voters[number] = known = every
         return known
+
+    def _settings_of(self, number: int) -> Settings:
+        self._check_nonfinite(number)
+        return super()._settings_of(number)
 
     def _check(self, number: int, indices: list[int]) -> None:
         super()._check(number, indices)

@@ -270,17 +270,25 @@ class Lion(Optimizer):
         """The group's options and buckets; raises where an option, a parameter, a gradient or a
         state is not as it must be."""
         group, settings = self.param_groups[number], self._settings_of(number)
-        indices = self._members(number, group)
         plan = self._plans.get(number)
-        if plan is None or plan.indices != indices or not plan.serves(group, settings):
+        if (
+            plan is None
+            or any(self._is_member(p) for p in plan.others)
+            or not plan.serves(group, settings, self._votes)
+        ):
+            indices = self._members(number, group)
             self._check(number, indices)
             plan = Plan(group, indices, self.state, settings)
             self._plans[number] = plan
         return settings, plan
 
+    def _is_member(self, p: Tensor) -> bool:
+        """Whether a step has to do with a parameter: whether it has a gradient."""
+        return p.grad is not None
+
     def _members(self, number: int, group: dict[str, Any]) -> list[int]:
-        """The indices of the parameters that a step moves: those with a gradient."""
-        return [i for i, p in enumerate(group["params"]) if p.grad is not None]
+        """The indices of the parameters that a step has to do with."""
+        return [i for i, p in enumerate(group["params"]) if self._is_member(p)]
 
     def _check(self, number: int, indices: list[int]) -> None:
         if indices:

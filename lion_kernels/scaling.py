@@ -29,6 +29,8 @@ class Scaling:
         return cls(getattr(optimizer, "grad_scale", None), found_inf)
 
     def to(self, device: torch.device) -> "Scaling":
+        if self.grad_scale is None and self.found_inf is None:
+            return self
         scalars = (self.grad_scale, self.found_inf)
         return Scaling(*(None if t is None else t.to(device, non_blocking=True) for t in scalars))
 

@@ -109,7 +109,7 @@ MUTANTS = [
     ("float64 absent tensors decay", "lion_kernels/double.py",
      "written != _ABSENT", "written > -9"),
     ("votes by requires_grad", "lion_kernels/distributed.py",
-     "if p.requires_grad or p.grad is not None}", "if p.requires_grad}"),
+     "p.grad is not None or (self._votes and p.requires_grad)", "p.requires_grad"),
     ("names not compared", "lion_kernels/distributed.py", '(f"name of {where}", name),', ""),
     ("shards broadcast", "lion_kernels/distributed.py",
      'for p in group["params"] if is_whole(p)]', 'for p in group["params"]]'),
