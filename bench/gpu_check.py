@@ -2,8 +2,8 @@
 
 Steps in the order of what is lost without them: the compiler's figures of the Triton kernels, for
 this device alone, which also fills Triton's cache for all that follows; the tests that a GPU
-changes; bench/gpu.py; compute-sanitizer on what time is left. Each is a process with a time limit.
-After each the outcomes are written anew, so that a check that is killed leaves what it has. Fails
+changes; bench/gpu.py; bench/host.py; compute-sanitizer on what time is left. Each is a process with
+a time limit. After each the outcomes are written anew, so that a check that is killed leaves what it has. Fails
 where a step failed or the tests were cut off; a missed target is printed as NO, and is no failure.
 """
 
@@ -194,6 +194,16 @@ def bench(check: Check) -> Outcome:
     return Outcome("bench", ok, ended.seconds, f"{ended.why}; {summary}")
 
 
+def host(check: Check) -> Outcome:
+    """bench/host.py: what a step costs the host, beside fused AdamW."""
+    command = [sys.executable, "bench/host.py", "--save", str(check.folder)]
+    ended = check.run("host", command + ["--rounds", "5"] * check.dry, 60)
+    print(ended.stdout)
+    if ended.status == 0:
+        return Outcome("host", True, ended.seconds, "dry run" if check.dry else "measured")
+    return Outcome("host", None if ended.status is None else False, ended.seconds, ended.why)
+
+
 def sanitizer() -> str | None:
     # The second, because torch's CUDA_HOME is no toolkit where nvcc is a wrapper script.
     folders = [*filter(None, [CUDA_HOME]), "/usr/local/cuda"]
@@ -231,6 +241,7 @@ STEPS: dict[str, Callable[[Check], Outcome]] = {
     "codegen": codegen,
     "tests": tests,
     "bench": bench,
+    "host": host,
     "memcheck": lambda check: sanitized(check, "memcheck"),
     "racecheck": lambda check: sanitized(check, "racecheck"),
 }
