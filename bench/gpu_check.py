@@ -2,9 +2,10 @@
 
 Steps in the order of what is lost without them: the compiler's figures of the Triton kernels, for
 this device alone, which also fills Triton's cache for all that follows; the tests that a GPU
-changes; bench/gpu.py; bench/host.py; compute-sanitizer on what time is left. Each is a process with
-a time limit. After each the outcomes are written anew, so that a check that is killed leaves what it has. Fails
-where a step failed or the tests were cut off; a missed target is printed as NO, and is no failure.
+changes; bench/gpu.py; bench/host.py; compute-sanitizer on what time is left. Each is a process
+with a time limit. After each the outcomes are written anew, so that a check that is killed leaves
+what it has. Fails where a step failed or the tests were cut off; a missed target is printed as NO,
+and is no failure.
 """
 
 import argparse
