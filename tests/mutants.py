@@ -1,9 +1,12 @@
 """Breaks a copy of the library on purpose, one mutant after the other, and shows that the tests
 notice each. `make mutants` runs all of them (about an hour on two cores); exit code 1 where
-one survives.
+one survives. With --by conformance, lion_kernels.conformance has to notice those of Lion, which it
+sees as users do.
 """
 
 import argparse
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +28,26 @@ USERS = [
     "test_members.py", "test_wrappers.py", "test_plan.py",
 ]  # fmt: skip
 GPU = [*OPS, "test_launch.py"]
+
+# Where Lion's own step and state stand, and what breaks there only the votes of DistributedLion.
+LION = [
+    "csrc/lion_rows.h", "csrc/lion_cpu.cpp", "csrc/rounding_rows.h", "csrc/momentum_rows.h",
+    "csrc/runs.h", "csrc/simd.h", "lion_kernels/lion.py", "lion_kernels/states.py",
+    "lion_kernels/interchange.py",
+]  # fmt: skip
+OF_VOTES = {
+    "decay without lr, voting", "decay against the update", "zero sent as +1",
+    "padding left as it was", "non-finite reaches the momentum", "ternary planes swapped",
+    "plane weights equal", "coins forget the tensor's place", "average over N - 1",
+    "presence of rank 0 only", "absent tensors vote -1", "absence forgotten",
+}  # fmt: skip
+# Prints the checks that Lion passes, as JSON.
+JUDGE = """
+import json
+from lion_kernels import conformance
+make = conformance.maker("lion_kernels:Lion", {})
+print(json.dumps([name for name, (ok, _) in conformance.judge(make, "cpu").items() if ok]))
+"""
 
 # (what is broken, file, what stands there, what replaces it)
 MUTANTS = [
@@ -201,8 +224,9 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-def run(command, folder):
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+def run(command, folder, **variables):
+    env = {**os.environ, **variables}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
 
 
 def build(folder):
@@ -224,13 +248,30 @@ def noticed_by(folder, tests, which="not compile"):
     return failed[0].split(" - ")[0].split("::")[-1] if failed else None
 
 
+def passes(folder):
+    """The conformance checks that Lion passes with this machine's SIMD level and with the portable
+    one; None where one of them crashes."""
+    passed = set()
+    for level in ({}, {"LION_KERNELS_SIMD": "portable"}):
+        outcome = run([sys.executable, "-c", JUDGE], folder, **level)
+        if outcome.returncode != 0:
+            return None
+        suffix = ", portable" if level else ""
+        passed |= {name + suffix for name in json.loads(outcome.stdout.splitlines()[-1])}
+    return passed
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--by", choices=["tests", "conformance"], default="tests")
     parser.add_argument(
         "--only", nargs="+", default=[""], help="only mutants whose name or file holds one of these"
     )
-    words = parser.parse_args().only
-    wanted = [m for m in MUTANTS if any(word in m[0] or word in m[1] for word in words)]
+    args = parser.parse_args()
+    by_conformance = args.by == "conformance"
+    wanted = [m for m in MUTANTS if any(word in m[0] or word in m[1] for word in args.only)]
+    if by_conformance:
+        wanted = [m for m in wanted if m[1] in LION and m[0] not in OF_VOTES]
     # Python first: a compiled mutant leaves its library behind.
     wanted.sort(key=lambda m: m[1].startswith("csrc") and not m[1].endswith(".cu"))
     with tempfile.TemporaryDirectory() as temporary:
@@ -238,7 +279,10 @@ def main():
         ignore = shutil.ignore_patterns(".venv", ".git", "build", "runs", "__pycache__")
         shutil.copytree(ROOT, folder, ignore=ignore)
         build(folder)
-        if broken := noticed_by(folder, sorted({*ROOMS, *USERS, *GPU})):
+        unbroken = passes(folder) if by_conformance else set()
+        if unbroken is None:
+            sys.exit("the unbroken library already crashes")
+        if not by_conformance and (broken := noticed_by(folder, sorted({*ROOMS, *USERS, *GPU}))):
             sys.exit(f"the unbroken library already fails {broken}")
         rows = []
         for name, file, old, new in tqdm(wanted, unit="mutant"):
@@ -251,7 +295,11 @@ def main():
             compiled = file.startswith("csrc") and not file.endswith(".cu")
             if compiled:
                 build(folder)
-            if on_gpu:
+            if by_conformance:
+                left = passes(folder)
+                lost = sorted(unbroken - left) if left is not None else ["a crash"]
+                noticed = "; ".join(lost) or None
+            elif on_gpu:
                 noticed = noticed_by(folder, GPU, "GPU or gpu or every_kernel or test_launch")
             else:
                 noticed = noticed_by(folder, ROOMS if compiled else USERS)
