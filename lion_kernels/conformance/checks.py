@@ -7,7 +7,6 @@ import torch
 
 from lion_kernels.conformance import contract, formula, options, state
 from lion_kernels.conformance.common import Check, Make, Outcome, with_option
-from lion_kernels.conformance.options import EIGHT_BIT_WRONG
 
 half = torch.bfloat16
 
@@ -44,11 +43,11 @@ CHECKS: dict[str, Check] = {
     "CUDA graph": contract.graph,
     "resume": partial(state.resume, torch.float32),
     "resume with unknown keys": state.unknown_keys,
-    "resume in another memory format": partial(state.memory_format, 0.0),
+    "resume in another memory format": state.memory_format,
     "own momentum_dtype after a load": state.own_storage,
     "deep copies": state.copies,
     "states for other libraries": state.exports,
-    "DTensor shards": partial(state.shards, 0.0),
+    "DTensor shards": state.shards,
     "stochastic rounding": with_option("stochastic", options.stochastic),
     "stochastic rounding: resume": with_option("stochastic", partial(state.resume, half)),
     "compensated rounding": with_option("compensated", options.compensated),
@@ -57,10 +56,8 @@ CHECKS: dict[str, Check] = {
     "8-bit momentum: one NaN": with_option("8-bit", contract.not_a_number),
     "8-bit momentum: threads": with_option("8-bit", formula.threads),
     "8-bit momentum: resume": with_option("8-bit", partial(state.resume, torch.float32)),
-    "8-bit momentum: memory format": with_option(
-        "8-bit", partial(state.memory_format, EIGHT_BIT_WRONG)
-    ),
-    "8-bit momentum: DTensor shards": with_option("8-bit", partial(state.shards, EIGHT_BIT_WRONG)),
+    "8-bit momentum: memory format": with_option("8-bit", state.memory_format),
+    "8-bit momentum: DTensor shards": with_option("8-bit", state.shards),
     "cautious": with_option("cautious", options.cautious),
     "cautious, rescaled": options.cautious_rescaled,
     "cautious weight decay": with_option("cautious decay", options.cautious_decay),

@@ -109,6 +109,18 @@ def _wide(t: Tensor) -> Tensor:
     return (torch.view_as_real(t) if t.is_complex() else t).to("cpu", torch.float64, copy=True)
 
 
+# Momenta in 8 bits turn 0.1 to 2 % of signs in the checks here; with a block's scale lost, over 10.
+EIGHT_BIT_SLACK = 0.05
+
+
+def slack(opt: torch.optim.Optimizer) -> float:
+    """The share of signs that the optimizer's storage of momenta may turn."""
+    states = [state for state in opt.state.values() if isinstance(state, dict)]
+    tensors = [t for state in states for t in state.values() if isinstance(t, Tensor)]
+    is_coarse = any(t.dtype in (torch.int8, torch.uint8) for t in tensors)
+    return EIGHT_BIT_SLACK if is_coarse else 0.0
+
+
 def walk(
     opt: torch.optim.Optimizer,
     params: Sequence[Tensor],
@@ -117,13 +129,14 @@ def walk(
     steps: range,
 ) -> float:
     """Step the optimizer and the twins with ``gradient(number, parameter)``; the largest share of
-    wrong elements of a parameter at the end."""
+    wrong elements of a parameter at the end, 0 within the slack."""
     for i in steps:
         for k, (p, twin) in enumerate(zip(params, twins, strict=True)):
             p.grad = gradient(100 * i + k, p)
             twin.step(p.grad)
         opt.step()
-    return max(twin.signs_wrong(p) for twin, p in zip(twins, params, strict=True))
+    wrong = max(twin.signs_wrong(p) for twin, p in zip(twins, params, strict=True))
+    return wrong if wrong > slack(opt) else 0.0
 
 
 def random_gradient(device: str) -> Callable[[int, Tensor], Tensor]:

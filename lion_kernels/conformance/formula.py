@@ -19,6 +19,7 @@ from lion_kernels.conformance.common import (
     percent,
     randn,
     random_gradient,
+    slack,
     takes,
     walk,
 )
@@ -130,7 +131,8 @@ def momentum_precision(make: Make, device: str) -> Outcome:
     p = torch.nn.Parameter(torch.zeros(3000, device=device))
     opt = make([p], lr=LR, betas=BETAS, weight_decay=0.0)
     twin, gradient = Twin(p, wd=0.0), random_gradient(device)
-    wrong = walk(opt, [p], [twin], lambda i, p: sizes * (gradient(i, p) + 0.3), range(60))
+    walk(opt, [p], [twin], lambda i, p: sizes * (gradient(i, p) + 0.3), range(60))
+    wrong = twin.signs_wrong(p)
     return wrong < 2e-3, percent(wrong)
 
 
@@ -148,7 +150,7 @@ def maximize(make: Make, device: str) -> Outcome:
         opt.step()
         kept = kept and torch.equal(p.grad, g)
     wrong = twin.signs_wrong(p)
-    return wrong == 0 and kept, percent(wrong) + ("" if kept else ", gradient WRITTEN")
+    return wrong <= slack(opt) and kept, percent(wrong) + ("" if kept else ", gradient WRITTEN")
 
 
 def live_lr(make: Make, device: str) -> Outcome:
@@ -207,7 +209,8 @@ def groups(make: Make, device: str) -> Outcome:
             twin.step(p.grad)
         opt.step()
     wrong = [twin.signs_wrong(p) for twin, p in zip(twins, params, strict=True)]
-    return max(wrong) == 0, f"{sum(w > 0 for w in wrong)} of 3 wrong"
+    n_wrong = sum(w > slack(opt) for w in wrong)
+    return n_wrong == 0, f"{n_wrong} of 3 wrong"
 
 
 def threads(make: Make, device: str) -> Outcome:
