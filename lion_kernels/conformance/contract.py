@@ -96,6 +96,8 @@ def foreign(make: Make, device: str) -> Outcome:
             if name == "float32":
                 raise
             wrong, kept = 1.0, True
+        if name == "float32" and wrong:
+            return False, percent(wrong)
         if wrong or not kept:
             refused.append(name)
     return not refused, "taken" if not refused else f"not {', '.join(refused)}"

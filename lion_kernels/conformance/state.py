@@ -159,10 +159,10 @@ PEERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
 
 def _nearest_codes(state: dict[str, Tensor], m: Tensor) -> bool:
     """Whether each 8-bit code of bitsandbytes stands for the value of its map nearest to m."""
-    scale = state["absmax1"].repeat_interleave(256)[: m.numel()].double()
-    values = state["qmap1"].double()
+    scale = state["absmax1"].cpu().repeat_interleave(256)[: m.numel()].double()
+    values = state["qmap1"].cpu().double()
     of_all = (values[None, :] * scale[:, None] - m.flatten().double()[:, None]).abs()
-    chosen = of_all.gather(1, state["state1"].flatten().long()[:, None])
+    chosen = of_all.gather(1, state["state1"].cpu().flatten().long()[:, None])
     return bool((chosen.flatten() <= of_all.amin(1) + 1e-6 * scale).all())
 
 
@@ -197,7 +197,7 @@ def exports(make: Make, device: str) -> Outcome:
         if library == "bitsandbytes":
             asked.append("bitsandbytes-8bit")
             state = opt.export_state_dict("bitsandbytes-8bit")["state"][0]
-            wrong += [] if _nearest_codes({k: v for k, v in state.items()}, m) else asked[-1:]
+            wrong += [] if _nearest_codes(state, m) else asked[-1:]
     if not asked:
         return None, "none of them is installed"
     return not wrong, f"{len(asked)} load" if not wrong else f"wrong: {', '.join(wrong)}"
