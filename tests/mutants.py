@@ -40,6 +40,7 @@ OF_VOTES = {
     "padding left as it was", "non-finite reaches the momentum", "ternary planes swapped",
     "plane weights equal", "coins forget the tensor's place", "average over N - 1",
     "presence of rank 0 only", "absent tensors vote -1", "absence forgotten", "step counter stands",
+    "float64 absent tensors decay",
 }  # fmt: skip
 # Prints the checks that Lion passes, as JSON.
 JUDGE = """

@@ -1,5 +1,8 @@
 """The conformance suite: this Lion passes, and every check notices the fault that it is for."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -40,6 +43,12 @@ def real(t):
     return torch.view_as_real(t) if t.is_complex() else t
 
 
+def overlaps(t):
+    places = torch.arange(t.untyped_storage().nbytes() // t.element_size())
+    places = places.as_strided(t.shape, t.stride(), t.storage_offset())
+    return places.unique().numel() < t.numel()
+
+
 class Eager(torch.optim.Optimizer):
     """Lion in PyTorch, with one fault."""
 
@@ -56,11 +65,16 @@ class Eager(torch.optim.Optimizer):
         if cautious not in (False, True, "rescaled"):
             raise ValueError("cautious must be False, True or rescaled")
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, {**defaults, "momentum_dtype": momentum_dtype})
+        super().__init__(
+            params, {**defaults, "momentum_dtype": momentum_dtype, "rounding": rounding}
+        )
         self.fault, self.first_lr, self.n_steps = fault, float(lr), 0
         self.rounding, self.momentum_dtype = rounding, momentum_dtype
         self.cautious, self.cautious_weight_decay = cautious, cautious_weight_decay
         self.generator, self.kept = torch.Generator().manual_seed(0), {}
+        trained = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        if fault != "windows" and any(overlaps(local(p)) for p in trained):
+            raise ValueError("a parameter overlaps itself")
         if fault == "foreign" and not all(
             p.is_floating_point() for group in self.param_groups for p in group["params"]
         ):
@@ -89,6 +103,8 @@ class Eager(torch.optim.Optimizer):
         if self.fault == "half":
             dtype = "bfloat16"
         state.setdefault("exp_avg", torch.zeros_like(p))
+        if self.fault == "cached":
+            state["exp_avg"] = self.kept.setdefault(p.data_ptr(), state["exp_avg"])
         if dtype == "int8":
             if "scales" not in state:
                 state["exp_avg"], state["scales"] = quantize(state["exp_avg"].float())
@@ -112,12 +128,13 @@ class Eager(torch.optim.Optimizer):
         if self.fault != "scales not kept":
             state["scales"] = scales
 
-    def store(self, p, low, new, number):
+    def store(self, p, low, new, number, group):
         """Round and store what a 16-bit parameter becomes."""
+        rounding = group["rounding"] if self.fault == "loaded rounding" else self.rounding
         if self.fault == "truncate" and p.dtype != torch.float32:
             new = (new.view(torch.int32) & -65536).view(torch.float32)
         is_half = p.dtype == torch.bfloat16
-        if self.rounding == "stochastic" and is_half:
+        if rounding == "stochastic" and is_half:
             generator = self.generator if self.fault == "generator" else None
             if self.fault == "noise of one step":
                 generator = torch.Generator().manual_seed(number)
@@ -171,7 +188,7 @@ class Eager(torch.optim.Optimizer):
         if self.fault == "double":  # a fused multiply-add that rounds twice
             whole = whole.double()
             rate = torch.tensor(rate, dtype=torch.float32).double()
-        self.store(p, low, whole * kept - rate * sign, number)
+        self.store(p, low, whole * kept - rate * sign, number, group)
         self.keep_momentum(state, m * beta2 + g * (1 - (beta1 if self.fault == "beta" else beta2)))
 
     @torch.no_grad()
@@ -240,6 +257,7 @@ def test_plain_pytorch_passes():
         ("storage", "gradient and storage untouched"),
         ("none", "None, empty, 0-d, odd sizes"),
         ("foreign", "frozen foreign parameters"),
+        ("windows", "overlapping parameters"),
         ("nan", "one NaN gradient"),
         ("sparse", "a sparse gradient"),
         ("version", "version counters"),
@@ -250,6 +268,9 @@ def test_plain_pytorch_passes():
         ("scaled", "GradScaler: gradient unscaled"),
         ("unknown", "resume with unknown keys"),
         ("storage order", "resume in another memory format"),
+        ("cached", "an earlier state"),
+        ("cached", "a state changed by hand"),
+        ("loaded rounding", "own rounding after a load"),
         ("loaded dtype", "own momentum_dtype after a load"),
         ("copies", "deep copies"),
         ("shards", "DTensor shards"),
@@ -294,6 +315,54 @@ def test_the_fault_of_a_subclass_is_noticed(cls, check):
     assert outcome(check, make_of(cls))[0] is False
 
 
+class Released(Eager):
+    """Steps during backward, with one fault."""
+
+    owners: dict = {}  # noqa: RUF012
+
+    def __init__(self, params, *, fused_backward=False, fault="", **options):
+        super().__init__(params, **options)
+        self.released, this = fault, weakref.ref(self)
+
+        def hook(p):
+            if (optimizer := this()) is not None:
+                optimizer.on_gradient(p)
+
+        for p in self.param_groups[0]["params"] if fused_backward else []:
+            if p in self.owners and fault != "never leaves":
+                self.owners[p].remove()
+            self.owners[p] = handle = p.register_post_accumulate_grad_hook(hook)
+            if fault in ("keeps itself", "never leaves"):
+                p.optimizers = [*getattr(p, "optimizers", []), self]
+            elif fault != "leaves its hooks":
+                weakref.finalize(self, handle.remove)
+
+    @torch.no_grad()
+    def on_gradient(self, p):
+        scalers = [s for s in gc.get_objects() if type(s) is torch.amp.GradScaler]
+        if self.released != "scaled" and any(s._scale is not None for s in scalers):
+            raise RuntimeError("fused_backward takes no GradScaler")
+        self.step_one(p, p.grad, self.state[p], self.param_groups[0], 0)
+        if self.released != "keeps gradients":
+            p.grad = None
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [
+        ("never leaves", "fused backward: the path"),
+        ("keeps gradients", "fused backward: the path"),
+        ("leaves its hooks", "fused backward: ends"),
+        ("keeps itself", "fused backward: ends"),
+        ("scaled", "fused backward: GradScaler"),
+    ],
+)
+def test_the_fault_of_a_gradient_release_is_noticed(fault, check):
+    assert outcome(check, make_of(Released))[0]
+    assert outcome(check, make_of(Released, fault=fault))[0] is False
+    Released.owners.clear()
+
+
 class Exporting(Lion):
     """Leaves out what optimi needs, and rounds bitsandbytes' codes to the next one."""
 
@@ -321,16 +390,10 @@ def test_an_option_that_a_class_does_not_have_is_not_asked():
         return Eager(params, lr, betas, weight_decay)
 
     found = conformance.judge(plain, "cpu")
-    assert [name for name, (_, figure) in found.items() if figure == "no such option"] == [
-        "maximize",
-        "own momentum_dtype after a load",
-        *(
-            name
-            for name in conformance.CHECKS
-            if name.startswith(("stoch", "compensated", "8-bit"))
-        ),
-        *(name for name in conformance.CHECKS if name.startswith("cautious")),
-    ]
+    options = ("maximize", "own", "fused", "stochastic", "compensated", "8-bit", "cautious")
+    assert {name for name, (_, figure) in found.items() if figure == "no such option"} == {
+        name for name in conformance.CHECKS if name.startswith(options)
+    }
 
 
 def test_command_line(capsys):

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from lion_kernels.conformance import contract, formula, options, state
+from lion_kernels.conformance import contract, formula, options, release, state
 from lion_kernels.conformance.common import Check, Make, Outcome, with_option
 
 half = torch.bfloat16
@@ -32,6 +32,7 @@ CHECKS: dict[str, Check] = {
     "gradient and storage untouched": contract.surroundings,
     "None, empty, 0-d, odd sizes": contract.odd_tensors,
     "frozen foreign parameters": contract.foreign,
+    "overlapping parameters": contract.overlapping,
     "one NaN gradient": contract.not_a_number,
     "a sparse gradient": contract.sparse_gradient,
     "version counters": contract.version_counters,
@@ -44,10 +45,16 @@ CHECKS: dict[str, Check] = {
     "resume": partial(state.resume, torch.float32),
     "resume with unknown keys": state.unknown_keys,
     "resume in another memory format": state.memory_format,
+    "an earlier state": state.rolled_back,
+    "a state changed by hand": state.by_hand,
     "own momentum_dtype after a load": state.own_storage,
+    "own rounding after a load": state.own_rounding,
     "deep copies": state.copies,
     "states for other libraries": state.exports,
     "DTensor shards": state.shards,
+    "fused backward: the path": release.path,
+    "fused backward: ends": release.end,
+    "fused backward: GradScaler": release.scaler,
     "stochastic rounding": with_option("stochastic", options.stochastic),
     "stochastic rounding: resume": with_option("stochastic", partial(state.resume, half)),
     "compensated rounding": with_option("compensated", options.compensated),

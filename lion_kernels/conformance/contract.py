@@ -103,6 +103,21 @@ def foreign(make: Make, device: str) -> Outcome:
     return not refused, "taken" if not refused else f"not {', '.join(refused)}"
 
 
+def overlapping(make: Make, device: str) -> Outcome:
+    """A parameter whose elements share memory, as sliding windows do, is refused before anything is
+    written: every order of its elements would step to other weights."""
+    room = randn(20, seed=0, device=device)
+    before, p = room.clone(), torch.nn.Parameter(room.as_strided((9, 4), (2, 1)))
+    try:
+        opt = make([p], **OPTIONS)
+        p.grad = torch.ones_like(p)
+        opt.step()
+    except Exception as error:  # whatever a class says no with
+        kept = torch.equal(room, before)
+        return kept, f"{type(error).__name__}, {'nothing' if kept else 'something'} written"
+    return False, "stepped"
+
+
 def not_a_number(make: Make, device: str) -> Outcome:
     """After one NaN gradient, an element shows it or goes on; a silent freeze or drift fails."""
     p = torch.nn.Parameter(torch.ones(100, device=device))

@@ -23,6 +23,7 @@ from lion_kernels.conformance.common import (
     random_gradient,
     saved_and_loaded,
     slack,
+    spelled,
     takes,
     walk,
 )
@@ -74,6 +75,40 @@ def unknown_keys(make: Make, device: str) -> Outcome:
     if wrong:
         return False, percent(wrong)
     return not lost, "kept" if not lost else f"lost: {', '.join(lost)}"
+
+
+def rolled_back(make: Make, device: str) -> Outcome:
+    """An earlier state, loaded into the optimizer that went on from it, is where it goes on again;
+    a state that was cleared starts anew."""
+    p = torch.nn.Parameter(randn(300, seed=0, device=device))
+    opt, twin, gradient = make([p], **OPTIONS), Twin(p), random_gradient(device)
+    walk(opt, [p], [twin], gradient, range(3))
+    state, at, twin_then = saved_and_loaded(opt.state_dict()), p.detach().clone(), twin
+    twin = copy.deepcopy(twin)
+    walk(opt, [p], [twin], gradient, range(3, 6))
+    opt.load_state_dict(state)
+    with torch.no_grad():
+        p.copy_(at)
+    back = walk(opt, [p], [twin_then], gradient, range(6, 9))
+    opt.state.clear()
+    twin_then.m.zero_()
+    anew = walk(opt, [p], [twin_then], gradient, range(9, 12))
+    return back == anew == 0, f"back {percent(back)}, anew {percent(anew)}"
+
+
+def by_hand(make: Make, device: str) -> Outcome:
+    """A momentum that somebody wrote, or replaced by another tensor, is the one that is used."""
+    p = torch.nn.Parameter(randn(300, seed=0, device=device))
+    opt, twin, gradient = make([p], **OPTIONS), Twin(p), random_gradient(device)
+    wrong = 0.0
+    for i in range(0, 9, 3):
+        wrong = max(wrong, walk(opt, [p], [twin], gradient, range(i, i + 3)))
+        twin.m.zero_()
+        state = opt.state[p]
+        for key, t in state.items():
+            if isinstance(t, Tensor) and t.shape == p.shape:
+                state[key] = t.zero_() if i == 0 else torch.zeros_like(t)
+    return wrong == 0, percent(wrong)
 
 
 def copies(make: Make, device: str) -> Outcome:
@@ -147,6 +182,26 @@ def own_storage(make: Make, device: str) -> Outcome:
     small.load_state_dict(state)
     loaded = stepped(small, p)
     return loaded == fresh, f"{loaded} bytes of {fresh}"
+
+
+def own_rounding(make: Make, device: str) -> Outcome:
+    """Stochastic rounding that the constructor was asked for is not switched off by a state that
+    was saved without it: the weights of the resumed run would stand still, unseen."""
+    rounded = spelled(make, "stochastic")
+    if rounded is None:
+        return None, "no such option"
+    p = torch.nn.Parameter(torch.full((4096,), 0.5, device=device, dtype=torch.bfloat16))
+    opt = make([p], lr=1e-4, betas=BETAS, weight_decay=0.0)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    state, before = saved_and_loaded(opt.state_dict()), p.detach().double().mean().item()
+    opt = rounded([p], lr=1e-4, betas=BETAS, weight_decay=0.0)
+    opt.load_state_dict(state)
+    for _ in range(100):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    moved = before - p.detach().double().mean().item()
+    return abs(moved - 0.01) < 1e-3, f"moved {moved:.4f} of 0.01"
 
 
 # Of a class that exports its state: (name of the layout, module, class, options).
