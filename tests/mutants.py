@@ -1,9 +1,12 @@
 """Breaks a copy of the library on purpose, one mutant after the other, and shows that the tests
 notice each. `make mutants` runs all of them (about an hour on two cores); exit code 1 where
-one survives.
+one survives. With --by conformance, lion_kernels.conformance has to notice those of Lion, which it
+sees as users do.
 """
 
 import argparse
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +28,27 @@ USERS = [
     "test_members.py", "test_wrappers.py", "test_plan.py",
 ]  # fmt: skip
 GPU = [*OPS, "test_launch.py"]
+
+# What --by conformance leaves out: files, and names in files of both, of the votes of
+# DistributedLion, and the GPU's.
+FILES_OF_VOTES = (
+    "csrc/bitplanes", "csrc/identity", "csrc/tally", "lion_kernels/agreement",
+    "lion_kernels/distributed", "lion_kernels/exchange", "lion_kernels/kernels",
+)  # fmt: skip
+OF_VOTES = {
+    "decay without lr, voting", "decay against the update", "zero sent as +1",
+    "padding left as it was", "non-finite reaches the momentum", "ternary planes swapped",
+    "plane weights equal", "coins forget the tensor's place", "average over N - 1",
+    "presence of rank 0 only", "absent tensors vote -1", "absence forgotten", "step counter stands",
+    "float64 absent tensors decay",
+}  # fmt: skip
+# Prints the checks that Lion passes, as JSON.
+JUDGE = """
+import json
+from lion_kernels import conformance
+make = conformance.maker("lion_kernels:Lion", {})
+print(json.dumps([name for name, (ok, _) in conformance.judge(make, "cpu").items() if ok]))
+"""
 
 # (what is broken, file, what stands there, what replaces it)
 MUTANTS = [
@@ -127,6 +151,7 @@ MUTANTS = [
     ("every rank tosses one coin", "lion_kernels/distributed.py",
      "            self._rank,\n", "            0,\n"),
     ("step counter stands", "csrc/lion_cpu.cpp", "step.add_(1);", ""),
+    ("one noise for every step", "csrc/lion_cpu.cpp", "step->add_(1);", "(void)step;"),
     ("overflow moves the momentum", "csrc/lion_cpu.cpp", "if (is_set(found_inf)) return;", ""),
     ("grad scale multiplies", "csrc/lion_cpu.cpp",
      "(1.0 - beta1)) / scale", "(1.0 - beta1)) * scale"),
@@ -201,8 +226,9 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-def run(command, folder):
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+def run(command, folder, **variables):
+    env = {**os.environ, **variables}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
 
 
 def build(folder):
@@ -224,13 +250,30 @@ def noticed_by(folder, tests, which="not compile"):
     return failed[0].split(" - ")[0].split("::")[-1] if failed else None
 
 
+def passes(folder):
+    """The conformance checks that Lion passes with this machine's SIMD level and with the portable
+    one; None where one of them crashes."""
+    passed = set()
+    for level in ({}, {"LION_KERNELS_SIMD": "portable"}):
+        outcome = run([sys.executable, "-c", JUDGE], folder, **level)
+        if outcome.returncode != 0:
+            return None
+        suffix = ", portable" if level else ""
+        passed |= {name + suffix for name in json.loads(outcome.stdout.splitlines()[-1])}
+    return passed
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--by", choices=["tests", "conformance"], default="tests")
     parser.add_argument(
         "--only", nargs="+", default=[""], help="only mutants whose name or file holds one of these"
     )
-    words = parser.parse_args().only
-    wanted = [m for m in MUTANTS if any(word in m[0] or word in m[1] for word in words)]
+    args = parser.parse_args()
+    by_conformance = args.by == "conformance"
+    wanted = [m for m in MUTANTS if any(word in m[0] or word in m[1] for word in args.only)]
+    if by_conformance:
+        wanted = [m for m in wanted if not m[1].startswith(FILES_OF_VOTES) and m[0] not in OF_VOTES]
     # Python first: a compiled mutant leaves its library behind.
     wanted.sort(key=lambda m: m[1].startswith("csrc") and not m[1].endswith(".cu"))
     with tempfile.TemporaryDirectory() as temporary:
@@ -238,7 +281,10 @@ def main():
         ignore = shutil.ignore_patterns(".venv", ".git", "build", "runs", "__pycache__")
         shutil.copytree(ROOT, folder, ignore=ignore)
         build(folder)
-        if broken := noticed_by(folder, sorted({*ROOMS, *USERS, *GPU})):
+        unbroken = passes(folder) if by_conformance else set()
+        if unbroken is None:
+            sys.exit("the unbroken library already crashes")
+        if not by_conformance and (broken := noticed_by(folder, sorted({*ROOMS, *USERS, *GPU}))):
             sys.exit(f"the unbroken library already fails {broken}")
         rows = []
         for name, file, old, new in tqdm(wanted, unit="mutant"):
@@ -251,7 +297,11 @@ def main():
             compiled = file.startswith("csrc") and not file.endswith(".cu")
             if compiled:
                 build(folder)
-            if on_gpu:
+            if by_conformance:
+                left = passes(folder)
+                lost = sorted(unbroken - left) if left is not None else ["a crash"]
+                noticed = "; ".join(lost) or None
+            elif on_gpu:
                 noticed = noticed_by(folder, GPU, "GPU or gpu or every_kernel or test_launch")
             else:
                 noticed = noticed_by(folder, ROOMS if compiled else USERS)
