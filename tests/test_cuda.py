@@ -4,6 +4,7 @@ The ops themselves run on the GPU through the `backend` fixture of the other fil
 """
 
 import copy
+import gc
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -165,6 +166,95 @@ def test_a_table_of_a_capture_is_no_one_elses():
         twin.step()
     torch.cuda.synchronize()
     assert same(params, twins)
+
+
+def test_captures_in_a_row():
+    """Graphs for three sets of gradients, no step between; later ones change no earlier one."""
+    params, twins = parameters("cuda"), parameters("cpu")
+    opt, twin = Lion(params, **OPTIONS), Lion(twins, **OPTIONS)
+    set_grads(params, 0)
+    set_grads(twins, 0)
+    opt.step()
+    twin.step()
+    graphs, sets = [], []
+    for seed in range(3):
+        for p in params:
+            p.grad = None
+        set_grads(params, 10 + seed)
+        sets.append([p.grad for p in params])
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            opt.step()
+    for seed in (0, 2, 1, 0):
+        graphs[seed].replay()
+        set_grads(twins, 10 + seed)
+        twin.step()
+        assert same(params, twins)
+
+
+def test_capturing_again_and_again_takes_no_memory():
+    params = parameters("cuda")
+    opt = Lion(params, **OPTIONS)
+    set_grads(params, 0)
+    opt.step()
+    seen = []
+    for _ in range(6):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            opt.step()
+        graph.replay()
+        torch.cuda.synchronize()
+        del graph
+        gc.collect()
+        torch.cuda.empty_cache()
+        seen.append(torch.cuda.memory_reserved())
+    assert seen[2:] == [seen[1]] * 4
+
+
+def test_gradients_elsewhere_in_every_step():
+    """Tables are patched on the stream that reads them, also while another stream reads its own."""
+    params, twins = parameters("cuda"), parameters("cpu")
+    opt, twin = Lion(params, **OPTIONS), Lion(twins, **OPTIONS)
+    streams, held = [torch.cuda.Stream() for _ in range(3)], []
+    for seed in range(12):
+        held.append([p.grad for p in params])
+        for p in params:
+            p.grad = None
+        stream = streams[seed % 3]
+        stream.wait_stream(streams[(seed - 1) % 3])
+        with torch.cuda.stream(stream):
+            set_grads(params, seed)
+            opt.step()
+        set_grads(twins, seed)
+        twin.step()
+    torch.cuda.synchronize()
+    assert same(params, twins)
+
+
+def test_what_is_kept_follows_the_model():
+    """Moved after a step: momenta, compensations and the counter of steps go along."""
+    for options in ({"rounding": "stochastic"}, {"rounding": "compensated"}):
+        params, twins = (parameters("cpu", torch.bfloat16) for _ in range(2))
+        opt, twin = Lion(params, **OPTIONS, **options), Lion(twins, **OPTIONS, **options)
+        for seed in range(4):
+            if seed == 2:
+                for p in params:
+                    p.grad, p.data = None, p.data.cuda()
+            for each, o in ((params, opt), (twins, twin)):
+                set_grads(each, seed)
+                o.step()
+        assert same(params, twins)
+        assert all(t.is_cuda for p in params for t in opt.state[p].values())
+
+
+def test_a_step_raises_versions():
+    p = torch.nn.Parameter(torch.ones(3000, device="cuda"))
+    opt = Lion([p], **OPTIONS)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    before = p._version, opt.state[p]["exp_avg"]._version
+    opt.step()
+    assert p._version > before[0] and opt.state[p]["exp_avg"]._version > before[1]
 
 
 def test_capturing_before_the_first_step_is_refused():
