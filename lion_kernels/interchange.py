@@ -1,16 +1,19 @@
 """Saved states of other Lions: read, whoever wrote them, and written for each of them.
 
 lion-pytorch, google's and timm's keep "exp_avg"; optimi too, beside a Kahan compensation;
-bitsandbytes "state1", in 8 bits with "qmap1" and "absmax1". Knows no optimizer.
+bitsandbytes "state1", in 8 bits with "qmap1" and "absmax1". Knows groups and
+states, no steps.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
-from lion_kernels.dense import is_distributed
-from lion_kernels.states import KEYS
+from lion_kernels.dense import cut_as, is_distributed
+from lion_kernels.options import betas, plain, weight_decay
+from lion_kernels.states import KEYS, exact_momentum
 
 LIBRARIES = ("lion-pytorch", "google", "timm", "optimi", "bitsandbytes", "bitsandbytes-8bit")
 # Elements of a block of bitsandbytes' 8-bit states, newest first.
@@ -76,7 +79,23 @@ def _in_8_bits(m: Tensor) -> dict[str, Tensor]:
     return {"state1": codes, "qmap1": qmap, "absmax1": absmax}
 
 
-def exported_state(library: str, m: Tensor, p: Tensor, steps: int) -> dict[str, Any]:
+def exported(optimizer: Optimizer, library: str) -> dict[str, Any]:
+    """An optimizer's state as ``library`` loads it; see Lion.export_state_dict."""
+    if library not in LIBRARIES:
+        raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {library!r}")
+    packed = optimizer.state_dict()["param_groups"]
+    out: dict[str, Any] = {"state": {}, "param_groups": []}
+    for group, ids in zip(optimizer.param_groups, packed, strict=True):
+        out["param_groups"].append({**_exported_group(library, group), "params": ids["params"]})
+        steps = int(group.get("step", 1))
+        for p, number in zip(group["params"], ids["params"], strict=True):
+            if "exp_avg" in optimizer.state.get(p, {}):
+                m = cut_as(p, exact_momentum(optimizer.state[p]))
+                out["state"][number] = _exported_state(library, m, p, steps)
+    return out
+
+
+def _exported_state(library: str, m: Tensor, p: Tensor, steps: int) -> dict[str, Any]:
     """A parameter's state in the layout of ``library``, from its momentum in float32."""
     if library == "bitsandbytes-8bit" and m.numel() >= _SMALLEST_8_BIT:
         if is_distributed(m):
@@ -91,13 +110,13 @@ def exported_state(library: str, m: Tensor, p: Tensor, steps: int) -> dict[str, 
     return {"exp_avg": m}
 
 
-def exported_group(library: str, group: dict[str, Any], weight_decay: float) -> dict[str, Any]:
+def _exported_group(library: str, group: dict[str, Any]) -> dict[str, Any]:
     """The options of a group that ``library`` has, under its names."""
-    lr, (beta1, beta2) = group["lr"], group["betas"]
+    lr, (beta1, beta2) = group["lr"], betas(group)
     if group["maximize"] and library != "timm":
         raise ValueError(f"{library} cannot maximize, and a group does")
-    out: dict[str, Any] = {"lr": lr.item() if isinstance(lr, Tensor) else lr}
-    out["weight_decay"] = weight_decay
+    out: dict[str, Any] = {"lr": lr.item() if isinstance(lr, Tensor) else plain(lr)}
+    out["weight_decay"] = weight_decay(group)
     if library == "optimi":
         is_half = any(p.dtype in (torch.bfloat16, torch.float16) for p in group["params"])
         return out | {

@@ -26,7 +26,6 @@ from lion_kernels.options import (
     check_integer,
     check_options,
     settings_of,
-    weight_decay,
 )
 from lion_kernels.scaling import Scaling, is_asked_by_a_scaler
 
@@ -401,22 +400,7 @@ class Lion(Optimizer):
         """The state as ``library`` loads it: "lion-pytorch", "google", "timm", "optimi",
         "bitsandbytes" or "bitsandbytes-8bit". Momenta are float32 copies, of every momentum dtype
         and memory format; options are those that the library has."""
-        if library not in interchange.LIBRARIES:
-            raise ValueError(
-                f"library must be one of {', '.join(interchange.LIBRARIES)}, got {library!r}"
-            )
-        packed = self.state_dict()["param_groups"]
-        exported: dict[str, Any] = {"state": {}, "param_groups": []}
-        for group, ids in zip(self.param_groups, packed, strict=True):
-            options = interchange.exported_group(library, group, weight_decay(group))
-            exported["param_groups"].append({**options, "params": ids["params"]})
-            steps = int(group.get("step", 1))
-            for p, number in zip(group["params"], ids["params"], strict=True):
-                if "exp_avg" in self.state.get(p, {}):
-                    m = cut_as(p, states.exact_momentum(self.state[p]))
-                    state = interchange.exported_state(library, m, p, steps)
-                    exported["state"][number] = state
-        return exported
+        return interchange.exported(self, library)
 
 
 def _agreeing(bucket: Bucket, settings: Settings, scaling: Scaling) -> Tensor:
