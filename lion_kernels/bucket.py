@@ -19,7 +19,7 @@ DOUBLES = (torch.float64, torch.complex128)
 
 @dataclass
 class Bucket:
-    """Lists of equal lengths. A None gradient abstains from a vote."""
+    """Lists of equal lengths; gradients are there for a step only. None abstains from a vote."""
 
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor | None] = field(default_factory=list)
@@ -37,7 +37,8 @@ class Bucket:
         return self.params[0].device
 
     def write_back(self) -> None:
-        """After the ops: what stands for a written tensor shows it."""
+        """After the ops: what stands for a written tensor shows it; gradients are let go."""
+        self.grads = []
         if self.wrappers:
             torch.autograd.graph.increment_version(self.wrappers)
         for p, dense in self.stand_ins:

@@ -1,8 +1,7 @@
 """Saved states of other Lions: read, whoever wrote them, and written for each of them.
 
 lion-pytorch, google's and timm's keep "exp_avg"; optimi too, beside a Kahan compensation;
-bitsandbytes "state1", in 8 bits with "qmap1" and "absmax1". Knows groups and
-states, no steps.
+bitsandbytes "state1", in 8 bits with "qmap1" and "absmax1". Knows groups and states, no steps.
 """
 
 from typing import Any

@@ -2,6 +2,7 @@
 step, whatever happens to parameters, gradients, states and options in between."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -109,6 +110,19 @@ def test_a_plan_is_no_memory(stride):
     for p, q in zip(*runs, strict=True):
         real = [torch.view_as_real(t) if t.is_complex() else t for t in (p, q)]
         assert bits_equal(*real)
+
+
+def test_gradients_are_let_go():
+    """zero_grad frees them: a plan that kept them would cost a model's memory."""
+    params = [torch.nn.Parameter(t) for t in tensors()]
+    opt = Lion(params, **OPTIONS)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        alive = [weakref.ref(p.grad) for p in params]
+        opt.step()
+        opt.zero_grad()
+        assert [ref() for ref in alive] == [None] * len(params)
 
 
 def test_an_unchanged_model_is_asked_once(monkeypatch):
