@@ -69,10 +69,16 @@ def _patch_lang_tensor(tensor, scope):
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
+def _maxnum(self, x, y):
+    """The number beside a NaN, as on a GPU; the interpreter of triton 3.6 gives the NaN."""
+    return self.binary_op(x, y, np.fmax)
+
+
 if not HAS_CUDA:
     np.seterr(over="ignore", invalid="ignore")  # what a GPU does without a word
     interpreter.InterpreterBuilder.create_fma = _fma
     interpreter.InterpreterBuilder.cast_impl = _cast_impl
+    interpreter.InterpreterBuilder.create_maxnumf = _maxnum
     interpreter._patch_lang_tensor = _patch_lang_tensor
 
 
