@@ -62,14 +62,16 @@ def variants():
             kind = ("ternary" if flag else "binary") + ", cautious" * cautious
             constants["BLOCK"] = launch.ENCODE.block
             yield "encode", f"{types}, {kind}", constants, (g_size, m_size), (m_size,)
-    for (p, dtype), planes, rounding in itertools.product(DTYPES.items(), (1, 2, 0), ROUNDINGS):
+    for (p, dtype), planes, rounding in itertools.product(
+        DTYPES.items(), (1, 2, 4, 8, 16), ROUNDINGS
+    ):
         if p == "float32" and rounding != "nearest":
             continue
         constants = {"P": launch.TRITON_DTYPES[dtype], "ROUNDING": ROUNDINGS.index(rounding)}
         sizes = (dtype.itemsize,) * (2 if rounding == "compensated" else 1)
         for cautious in (False, True):
             more = {"PLANES": planes, "CAUTIOUS": cautious, "BLOCK": launch.APPLY.block}
-            name = f"{p}, planes {planes or 'any'}, {rounding}" + ", cautious" * cautious
+            name = f"{p}, planes {planes}, {rounding}" + ", cautious" * cautious
             yield "apply", name, constants | more, sizes, sizes
 
 
@@ -89,6 +91,8 @@ def compile_one(task):
         config = launch.STEP_WITH_OPTIONS
     elif room == "encode" and constants["CAUTIOUS"]:
         config = launch.ENCODE_WITH_OPTIONS
+    elif room == "apply":
+        config = launch.apply_config(constants["PLANES"])
     signature = {
         p.name: "constexpr" if p.name in constants else p.annotation_type or TYPES[p.name]
         for p in kernel.params
@@ -112,6 +116,8 @@ def compile_one(task):
         ).stdout  # fmt: skip
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = compiled.asm["ptx"]
+    # A thread has 8 elements in a row: 8 bytes of int8.
+    reads, writes = ([size for size in sizes if size > 1] for sizes in (reads, writes))
     per_thread = config.block // (32 * config.num_warps)
     return {
         "kernel": room,

@@ -61,7 +61,7 @@ def load_momentum(row, ptr, start, left, M: tl.constexpr, TILE: tl.constexpr, MA
         raw = bits.load_raw(ptr, left, TILE, MASKED).to(tl.int32) + 127
         q = (raw | 0x4B000000).to(tl.float32, bitcast=True) - 8388735.0
         square = tl.reshape(q * tl.abs(q) * 6.200012400024801e-05, (TILE // BLOCK, BLOCK))
-        m = tl.reshape(square * scale[:, None], (TILE // 32, 32))
+        m = tl.reshape(square * scale[:, None], (TILE // 8, 8))
     else:
         m = bits.load(ptr, left, TILE, MASKED)
     return m
@@ -85,7 +85,7 @@ def store_momentum(
         root, half = _roots(top, _near_reciprocal_root(top))
         steps = _steps_over(root, half)
         root, half = _roots(size, _near_reciprocal_root(size))
-        q = tl.reshape(root * steps[:, None], (TILE // 32, 32)).to(tl.uint32, bitcast=True)
+        q = tl.reshape(root * steps[:, None], (TILE // 8, 8)).to(tl.uint32, bitcast=True)
         q = (q | (m.to(tl.uint32, bitcast=True) & 0x80000000)).to(tl.float32, bitcast=True)
         # The maximum of a NaN and a number is the number: -128 is what was not finite.
         m = (tl.maximum(q, -128.0) + WHOLE).to(tl.int32, bitcast=True)

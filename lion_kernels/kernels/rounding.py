@@ -28,11 +28,11 @@ def begin(key, step_ptr, advance, ROUNDING: tl.constexpr):
 
 @triton.jit
 def random_bits(key, first_word, TILE: tl.constexpr):
-    """16 random bits, uint32 (words, 32), for each element of the words from ``first_word`` on."""
-    words = (first_word + tl.arange(0, TILE // 32)).to(tl.uint64)
-    hashes = bits.mix64(key + words * 0x9E3779B97F4A7C15)
+    """16 random bits, uint32 (bytes, 8), for each element of the words from ``first_word`` on."""
+    byte = tl.arange(0, TILE // 8)
+    hashes = bits.mix64(key + (first_word + byte // 4).to(tl.uint64) * 0x9E3779B97F4A7C15)
     low, high = hashes.to(tl.uint32)[:, None], (hashes >> 32).to(tl.uint32)[:, None]
-    element = tl.arange(0, 32)[None, :]
+    element = 8 * (byte % 4)[:, None] + tl.arange(0, 8)[None, :]
     x = (element % 16).to(tl.uint32) * 0x9E3779B9 + low
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
@@ -81,7 +81,7 @@ def store_parameter(
     P: tl.constexpr, ROUNDING: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     if ROUNDING == STOCHASTIC:
-        first_word = tl.load(row + bits.FIRST_WORD) + start // 32
+        first_word = row[bits.FIRST_WORD] + start // 32
         x = round_at_random(x, random_bits(key, first_word, TILE), P)
     if ROUNDING == COMPENSATED:
         if P == tl.bfloat16:
