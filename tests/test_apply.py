@@ -92,6 +92,17 @@ def test_lists_shards_and_presence(backend, shards):
         np.testing.assert_array_equal(array(p), e)
 
 
+def test_whole_tiles_across_shards(backend):
+    """A tile of the GPU's that needs no mask, but whose words do not follow one another."""
+    gen = generator(6)
+    params = [torch.randn(n, generator=gen) for n in (5, 20_000)]
+    integers = [torch.randint(0, 3, (p.numel(),), generator=gen) for p in params]
+    expected = [want(p, v, 2) for p, v in zip(params, integers, strict=True)]
+    run(backend, params, integers, 2, 2, shards=3)
+    for p, e in zip(params, expected, strict=True):
+        np.testing.assert_array_equal(array(p), e)
+
+
 @pytest.mark.parametrize("lr", [lr_of(LR), lr_of(LR).view(1)])
 def test_tensor_lr(backend, lr):
     p = torch.randn(100, generator=generator(1))

@@ -29,13 +29,12 @@ def _any_kernel(
 
 
 @triton.jit
-def _is_present(presence_ptr, presence_stride, n_ranks, index):
-    """Whether any of the ranks flagged tensor ``index`` of the list; -1 is no tensor."""
+def _flags(presence_ptr, presence_stride, n_ranks, index):
+    """The words that hold each rank's flag of tensor ``index`` of the list; -1 is no tensor."""
     rank = tl.arange(0, RANKS)
     n_flags = n_ranks * (index >= 0).to(tl.int32)
     flags_ptr = presence_ptr + rank.to(tl.int64) * presence_stride + index // 32
-    seen = tl.load(flags_ptr, mask=rank < n_flags, other=0)
-    return tl.max((seen >> (index % 32).to(tl.int32)) & 1, 0) != 0
+    return tl.load(flags_ptr, mask=rank < n_flags, other=0)
 
 
 @triton.jit
@@ -58,7 +57,7 @@ def _integers(ptr, plane_stride, used, PLANES: tl.constexpr):
 
 @triton.jit
 def _apply_tile(
-    row, start, left, verdict_ptr, is_present, step_size, decay, scale,
+    row, start, left, verdict_ptr, flags, step_size, decay, scale,
     words_per_shard, shard_stride, plane_stride, key,
     P: tl.constexpr, ROUNDING: tl.constexpr, PLANES: tl.constexpr, CAUTIOUS: tl.constexpr,
     TILE: tl.constexpr, MASKED: tl.constexpr,
@@ -73,9 +72,9 @@ def _apply_tile(
     if CAUTIOUS:  # weight decay (arXiv:2510.12402)
         kept = tl.where(delta * p < 0, 1.0, kept)
     next_p = tl.fma(p, kept, -(step_size * delta))
-    # Not tested before the loads are on their way.
-    if is_present:
-        store_parameter(row, p_ptr, start, left, next_p, key, P, ROUNDING, TILE, MASKED)
+    # Presence is asked for last, and is no branch: the loads would wait for the flags.
+    left *= tl.max((flags >> (row[bits.INDEX] % 32).to(tl.int32)) & 1, 0)
+    store_parameter(row, p_ptr, start, left, next_p, key, P, ROUNDING, TILE, MASKED, True)
 
 
 @triton.jit(do_not_specialize=bits.RUNTIME)
@@ -92,20 +91,20 @@ def _apply_kernel(
     row, start, left = bits.row_of(table_ptr, tile_rows_ptr, BLOCK)
     if not bits.is_set(found_inf_address):
         key = begin(rounding_key, step_ptr, advance, ROUNDING)
-        is_present = _is_present(presence_ptr, presence_stride, n_ranks, row[bits.INDEX])
+        flags = _flags(presence_ptr, presence_stride, n_ranks, row[bits.INDEX])
         rate = bits.learning_rate(lr, lr_address, lr_bytes)
         decay = (1.0 - rate * bits.float64(weight_decay)).to(tl.float32)
         step_size = (rate * bits.float64(inverse_scale)).to(tl.float32)
         if bits.is_full_in_one_shard(row, start, left, words_per_shard, BLOCK):
             _apply_tile(
-                row, start, left, verdict_ptr, is_present, step_size, decay, scale,
+                row, start, left, verdict_ptr, flags, step_size, decay, scale,
                 words_per_shard, shard_stride, plane_stride, key,
                 P, ROUNDING, PLANES, CAUTIOUS, BLOCK, False,
             )  # fmt: skip
         else:
             for i in range(0, left, bits.EDGE):
                 _apply_tile(
-                    row, start + i, left - i, verdict_ptr, is_present, step_size, decay, scale,
+                    row, start + i, left - i, verdict_ptr, flags, step_size, decay, scale,
                     words_per_shard, shard_stride, plane_stride, key,
                     P, ROUNDING, PLANES, CAUTIOUS, bits.EDGE, True,
                 )  # fmt: skip

@@ -99,10 +99,16 @@ def load(ptr, left, TILE: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def store(ptr, tile, left, DTYPE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
+def store(
+    ptr, tile, left,
+    DTYPE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr = False,
+):  # fmt: skip
+    """GUARDED: nothing where ``left`` is 0, also of a tile without masks."""
     x = elements(TILE)
     if MASKED:
         tl.store(ptr + x, tile.to(DTYPE), mask=x < left)
+    elif GUARDED:
+        tl.store(ptr + x, tile.to(DTYPE), mask=tl.zeros_like(x) < left)
     else:
         tl.store(ptr + x, tile.to(DTYPE))
 

@@ -79,6 +79,7 @@ def load_parameter(
 def store_parameter(
     row, ptr, start, left, x, key,
     P: tl.constexpr, ROUNDING: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    GUARDED: tl.constexpr = False,
 ):  # fmt: skip
     if ROUNDING == STOCHASTIC:
         first_word = row[bits.FIRST_WORD] + start // 32
@@ -92,10 +93,10 @@ def store_parameter(
             dropped = tl.where(finite, (pattern - kept).to(tl.int32, bitcast=True), 0)
             x = tl.where(finite, kept.to(tl.float32, bitcast=True), x)
             low_ptr = bits.pointer(row, bits.LOW, start, tl.int16, MASKED)
-            bits.store(low_ptr, dropped, left, tl.int16, TILE, MASKED)
+            bits.store(low_ptr, dropped, left, tl.int16, TILE, MASKED, GUARDED)
         else:
             dropped = x - x.to(tl.float16).to(tl.float32)
             dropped = tl.where(tl.abs(dropped) < float("inf"), dropped, 0.0)
             low_ptr = bits.pointer(row, bits.LOW, start, tl.float16, MASKED)
-            bits.store(low_ptr, dropped, left, tl.float16, TILE, MASKED)
-    bits.store(ptr, x, left, P, TILE, MASKED)
+            bits.store(low_ptr, dropped, left, tl.float16, TILE, MASKED, GUARDED)
+    bits.store(ptr, x, left, P, TILE, MASKED, GUARDED)
