@@ -36,9 +36,14 @@ __device__ __forceinline__ void load(const uint32_t* words, Words4& word) {
 }
 __device__ __forceinline__ void store(uint32_t* words, const uint32_t& word) { *words = word; }
 __device__ __forceinline__ void store(uint32_t* words, const Words4& word) {
+  const uint4 v{word.x, word.y, word.z, word.w};
+#if defined(__HIP_PLATFORM_AMD__)
+  *reinterpret_cast<uint4*>(words) = v;
+#else
   // A plain store of coins was four 4-byte stores for sm_80 and sm_90 (nvcc 13.0). This one keeps
   // the ordinary way of a store, through the L2 cache.
-  __stcg(reinterpret_cast<uint4*>(words), uint4{word.x, word.y, word.z, word.w});
+  __stcg(reinterpret_cast<uint4*>(words), v);
+#endif
 }
 
 __device__ __forceinline__ void toss(uint64_t key, uint64_t w, uint32_t& word) {

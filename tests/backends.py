@@ -69,11 +69,24 @@ def _patch_lang_tensor(tensor, scope):
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
+def _map_elementwise(function, *tensors):
+    """The interpreter has none. A test of an element within holds there for all: what the kernels
+    map gives the same where the test would have failed."""
+    return function(*tensors)
+
+
+def _maxnum(self, x, y):
+    """The number beside a NaN, as on a GPU; the interpreter of triton 3.6 gives the NaN."""
+    return self.binary_op(x, y, np.fmax)
+
+
 if not HAS_CUDA:
     np.seterr(over="ignore", invalid="ignore")  # what a GPU does without a word
     interpreter.InterpreterBuilder.create_fma = _fma
     interpreter.InterpreterBuilder.cast_impl = _cast_impl
+    interpreter.InterpreterBuilder.create_maxnumf = _maxnum
     interpreter._patch_lang_tensor = _patch_lang_tensor
+    interpreter.tl.map_elementwise = _map_elementwise
 
 
 class OnHost:

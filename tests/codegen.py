@@ -1,6 +1,7 @@
 """Compiles every variant of the Triton kernels that ships, for GPUs that need not be there, and
-reads what the compiler made of it: `make codegen` prints the table, test_codegen.py holds it to
-the contract. Runs as a program, because tests set Triton to interpret.
+reads what the compiler made of it: `make codegen` prints the table and a forecast of what the
+arithmetic leaves of the memory's time (forecast.py); test_codegen.py holds both to the contract.
+Runs as a program, because tests set Triton to interpret.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,12 +20,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import forecast
 from lion_kernels._ops import ROUNDINGS
 from lion_kernels.kernels import launch
+from lion_kernels.layout import MOMENTUM_BLOCK
 
 ARCHS = (80, 90, 100)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOMENTA = {**DTYPES, "int8": torch.int8}
+# Of a verdict: one kernel each; those between differ in how often they read a byte.
+PLANES = (1, 2, 4, 8, 16)
 # What the launchers pass, where the kernel does not say it itself.
 TYPES = {
     "table_ptr": "*i64", "tile_rows_ptr": "*i32", "nonfinite_ptr": "*i64", "step_ptr": "*i64",
@@ -31,12 +37,54 @@ TYPES = {
     "ballot_ptr": "*i32", "flags_ptr": "*i32", "flag_source_ptr": "*i64", "verdict_ptr": "*i32",
     "presence_ptr": "*i32", "beta1": "fp32", "beta2": "fp32",
 }  # fmt: skip
+KERNELS = {
+    "step": launch._step_kernel,
+    "agreeing": launch._agreeing_kernel,
+    "encode": launch._encode_kernel,
+    "apply": launch._apply_kernel,
+}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+# Where arithmetic may take more than forecast.MOST of the memory's time, and why.
+REASONS = (
+    ("int8", "an exact root, a scale and a share of a division make a byte of each momentum"),
+    ("stochastic", "16 random bits an element are a hash of 20 integer operations"),
+    ("with options|cautious", "comparisons with the gradient's sign and choices, every element"),
+    ("planes 16", "sums of more than 127 ranks: 16 bits of an element come from 16 bytes"),
+)
+
+# Kinds that the forecast's own table leaves out.
+SPECIAL = r"(?<!b)float16|stochastic|compensated|options|cautious"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with its constants, and the bytes an element that its full tile reads and writes:
+    of each tensor, and of ballot or verdict."""
+
+    room: str
+    name: str
+    config: launch.Config
+    constants: dict
+    reads: tuple
+    writes: tuple
+    planes: int = 0
+
+    @property
+    def bytes_read(self):
+        scale = 4 / MOMENTUM_BLOCK if "int8" in self.name else 0
+        return sum(self.reads) + scale + self.planes / 8 * (self.room == "apply")
+
+    @property
+    def bytes_moved(self):
+        scale = 4 / MOMENTUM_BLOCK if "int8" in self.name and self.room != "agreeing" else 0
+        return (
+            self.bytes_read + sum(self.writes) + scale + self.planes / 8 * (self.room == "encode")
+        )
 
 
 def variants():
-    """(kernel, name of the variant, its constants, bytes that a tile's tensors read and write an
-    element) of everything that launch.py can launch."""
+    """Everything that launch.py can launch, but for numbers of planes between PLANES."""
     for (g, m), flag, rounding in itertools.product(
         itertools.product(DTYPES, MOMENTA), (False, True), ROUNDINGS
     ):
@@ -45,50 +93,44 @@ def variants():
         types = f"{g}, momentum {m}"
         g_size, m_size = DTYPES[g].itemsize, MOMENTA[m].itemsize
         p_type, m_type = (launch.TRITON_DTYPES[MOMENTA[name]] for name in (g, m))
-        constants = {"P": p_type, "M": m_type, "ROUNDING": ROUNDINGS.index(rounding)}
-        constants |= {"PLAIN": not flag, "BLOCK": launch.STEP.block}
         low = (g_size,) if rounding == "compensated" else ()
-        yield (
-            "step", f"{types}{', with options' if flag else ''}, {rounding}", constants,
+        yield Variant(
+            "step", f"{types}{', with options' if flag else ''}, {rounding}",
+            launch.STEP_WITH_OPTIONS if flag else launch.STEP,
+            {"P": p_type, "M": m_type, "ROUNDING": ROUNDINGS.index(rounding), "PLAIN": not flag},
             (g_size, g_size, m_size, *low), (g_size, m_size, *low),
         )  # fmt: skip
         if rounding != "nearest":
             continue
+        types_of = {"G": p_type, "M": m_type}
         if not flag:
-            constants = {"G": p_type, "M": m_type, "BLOCK": launch.AGREEING.block}
-            yield "agreeing", types, constants, (g_size, m_size), ()
+            yield Variant("agreeing", types, launch.AGREEING, types_of, (g_size, m_size), ())
         for cautious in (False, True):
-            constants = {"G": p_type, "M": m_type, "TERNARY": flag, "CAUTIOUS": cautious}
             kind = ("ternary" if flag else "binary") + ", cautious" * cautious
-            constants["BLOCK"] = launch.ENCODE.block
-            yield "encode", f"{types}, {kind}", constants, (g_size, m_size), (m_size,)
-    for (p, dtype), planes, rounding in itertools.product(DTYPES.items(), (1, 2, 0), ROUNDINGS):
+            yield Variant(
+                "encode", f"{types}, {kind}",
+                launch.ENCODE_WITH_OPTIONS if cautious else launch.ENCODE,
+                {**types_of, "TERNARY": flag, "CAUTIOUS": cautious},
+                (g_size, m_size), (m_size,), 1 + flag,
+            )  # fmt: skip
+    for (p, dtype), planes, rounding, cautious in itertools.product(
+        DTYPES.items(), PLANES, ROUNDINGS, (False, True)
+    ):
         if p == "float32" and rounding != "nearest":
             continue
-        constants = {"P": launch.TRITON_DTYPES[dtype], "ROUNDING": ROUNDINGS.index(rounding)}
         sizes = (dtype.itemsize,) * (2 if rounding == "compensated" else 1)
-        for cautious in (False, True):
-            more = {"PLANES": planes, "CAUTIOUS": cautious, "BLOCK": launch.APPLY.block}
-            name = f"{p}, planes {planes or 'any'}, {rounding}" + ", cautious" * cautious
-            yield "apply", name, constants | more, sizes, sizes
+        constants = {"P": launch.TRITON_DTYPES[dtype], "ROUNDING": ROUNDINGS.index(rounding)}
+        yield Variant(
+            "apply", f"{p}, planes {planes}, {rounding}" + ", cautious" * cautious,
+            launch.apply_config(planes),
+            {**constants, "PLANES": planes, "CAUTIOUS": cautious}, sizes, sizes, planes,
+        )  # fmt: skip
 
 
-KERNELS = {
-    "step": (launch._step_kernel, launch.STEP),
-    "agreeing": (launch._agreeing_kernel, launch.AGREEING),
-    "encode": (launch._encode_kernel, launch.ENCODE),
-    "apply": (launch._apply_kernel, launch.APPLY),
-}
-
-
-def compile_one(task):
-    """The figures of one variant on one architecture."""
-    (room, name, constants, reads, writes), arch = task
-    kernel, config = KERNELS[room]
-    if not constants.get("PLAIN", True):
-        config = launch.STEP_WITH_OPTIONS
-    elif room == "encode" and constants["CAUTIOUS"]:
-        config = launch.ENCODE_WITH_OPTIONS
+def compiled_for(variant, target):
+    """What Triton makes of a variant for a GPUTarget."""
+    kernel = KERNELS[variant.room]
+    constants = {**variant.constants, "BLOCK": variant.config.block}
     signature = {
         p.name: "constexpr" if p.name in constants else p.annotation_type or TYPES[p.name]
         for p in kernel.params
@@ -100,33 +142,73 @@ def compile_one(task):
         if kind.startswith("*")
     }
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options=launch.options(config)
-    )
+    return triton.compile(source, target=target, options=launch.options(variant.config))
+
+
+def usage_of(cubin):
+    """Registers, stack and local memory of a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = subprocess.run(
             [CUOBJDUMP, "--dump-resource-usage", file.name],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    ptx = compiled.asm["ptx"]
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+
+
+def compile_one(task):
+    """The figures of one variant on one architecture."""
+    variant, arch = task
+    compiled = compiled_for(variant, GPUTarget("cuda", arch, 32))
+    usage, ptx, config = usage_of(compiled.asm["cubin"]), compiled.asm["ptx"], variant.config
     per_thread = config.block // (32 * config.num_warps)
+    # A thread has 8 elements in a row: 8 bytes of int8.
+    reads, writes = ([s for s in sizes if s > 1] for sizes in (variant.reads, variant.writes))
     return {
-        "kernel": room,
-        "variant": name,
+        "kernel": variant.room,
+        "variant": variant.name,
         "arch": arch,
-        "registers": numbers["REG"],
+        "registers": usage["REG"],
         "registers_budget": config.registers,
-        "stack": numbers["STACK"],
-        "local": numbers["LOCAL"],
+        "stack": usage["STACK"],
+        "local": usage["LOCAL"],
         "shared": compiled.metadata.shared,
         "loads_16_bytes": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
         "loads_16_bytes_wanted": sum(size * per_thread // 16 for size in reads),
         "stores_16_bytes": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
         "stores_16_bytes_wanted": sum(size * per_thread // 16 for size in writes),
-    }
+        "forecast": forecast.of(
+            compiled.asm["cubin"], arch, config.num_warps, config.block,
+            variant.bytes_read, variant.bytes_moved, usage["REG"], compiled.metadata.shared,
+        ),
+    }  # fmt: skip
+
+
+def compiled_for_amd(archs=("gfx942", "gfx950")):
+    """Vector registers, spilled ones and 16-byte loads of the plain kernels in bfloat16 on AMD's
+    MI300 and MI350. That they compile is all that is claimed: nothing here has run on ROCm.
+
+    To run there, it lacks launch configs for warps of 64 lanes, csrc/tally* through hipify with a
+    branch of setup.py that builds it, pinned tables and captures tried under HIP, a check that
+    v_rsq_f32 is within what momentum.py relies on, and a measurement of anything."""
+    rows = []
+    for variant, arch in itertools.product(variants(), archs):
+        if re.search(SPECIAL + "|float32|planes (4|8|16)", variant.name):
+            continue
+        asm = compiled_for(variant, GPUTarget("hip", arch, 64)).asm["amdgcn"]
+        counts = dict(re.findall(r"\.(vgpr\w*count):\s+(\d+)", asm))
+        rows.append(
+            {
+                "kernel": variant.room,
+                "variant": variant.name,
+                "arch": arch,
+                "registers": int(counts["vgpr_count"]),
+                "spilled": int(counts["vgpr_spill_count"]),
+                "16-byte loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", asm)),
+            }
+        )
+    return rows
 
 
 def compile_all(archs=ARCHS, progress=False):
@@ -140,8 +222,13 @@ def compile_all(archs=ARCHS, progress=False):
         return list(done)
 
 
+def reason_for(row):
+    """Why a kernel's arithmetic may take long; None: it may not."""
+    return next((why for kind, why in REASONS if re.search(kind, row["variant"])), None)
+
+
 def table(rows):
-    """One line a variant; registers of each architecture side by side."""
+    """One line a variant; registers and forecasts of each architecture side by side."""
     from tabulate import tabulate
 
     lines = {}
@@ -158,17 +245,60 @@ def table(rows):
                 f"registers sm_{row['arch']}": row["registers"],
             }
         )
-    return tabulate(list(lines.values()), headers="keys")
+        line.update({chip: f["ratio"] for chip, f in row["forecast"].items()})
+    return tabulate(list(lines.values()), headers="keys", floatfmt=".2f")
+
+
+def forecasts(rows):
+    """What the table of chips says of the kernels that ship without options, and which kernels of
+    any kind lie above the bound on chips that the contract names."""
+    from tabulate import tabulate
+
+    lines = [
+        {"kernel": row["kernel"], "variant": row["variant"], "chip": chip, **figures}
+        for row in rows
+        for chip, figures in row["forecast"].items()
+        if not re.search(SPECIAL, row["variant"])
+    ]
+    above = [
+        f"  {row['kernel']} {row['variant']}, {chip}: {figures['ratio']:.2f}: {reason_for(row)}"
+        for row in rows
+        for chip, figures in row["forecast"].items()
+        if chip in forecast.HELD_TO and figures["ratio"] > forecast.MOST
+    ]
+    return "\n".join(
+        [
+            "\n\nForecast from machine code, not measured. Ratio: the busiest pipe to the memory.",
+            tabulate(lines, headers="keys", floatfmt=".2f"),
+            f"\nAbove {forecast.MOST} on {' or '.join(forecast.HELD_TO)}, and why:", *above,
+        ]
+    )  # fmt: skip
+
+
+def amd_table():
+    from tabulate import tabulate
+
+    if "amd" not in triton.backends.backends:
+        return "triton has no back end for AMD"
+    return "\nOn AMD: compiled, not run.\n" + tabulate(compiled_for_amd(), headers="keys")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="the figures, for machines")
     parser.add_argument("--arch", nargs="+", type=int, default=ARCHS, help="e.g. 90 (default all)")
+    parser.add_argument("--amd", action="store_true", help="AMD's gfx942 and gfx950 instead")
     args = parser.parse_args()
+    if args.amd:
+        print(json.dumps(compiled_for_amd()) if args.json else amd_table())
+        return
     rows = compile_all(args.arch, progress=not args.json)
-    print(json.dumps(rows) if args.json else table(rows))
+    print(json.dumps(rows) if args.json else table(rows) + forecasts(rows))
+    if args.arch is ARCHS and not args.json:
+        print(amd_table())
     print(f"triton {triton.__version__}, {len(rows)} kernels", file=sys.stderr)
+    if not forecast.NVDISASM.exists():
+        print(f"no forecast: triton has no {forecast.NVDISASM}", file=sys.stderr)
 
 
 if __name__ == "__main__":

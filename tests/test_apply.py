@@ -22,6 +22,7 @@ def run(
     present=None,
     lr=None,
     found_inf=None,
+    ranks=3,
     **more,
 ):
     """Applies integers[t] of 0 .. scale, one vector a tensor."""
@@ -32,8 +33,8 @@ def run(
         flat[first : first + len(v)] = v
         first += -(-len(v) // 32) * 32
     verdict = reference.pack(flat.view(shards, -1), planes)
-    flags = torch.zeros(3, layout.flag_words, dtype=torch.int32)
-    flags[1] = torch.tensor(pack_flags(present or [True] * len(params), layout.flag_words))
+    flags = torch.zeros(ranks, layout.flag_words, dtype=torch.int32)
+    flags[ranks // 2] = torch.tensor(pack_flags(present or [True] * len(params), layout.flag_words))
     step = step_of(7)
     lr = lr_of(LR) if lr is None else lr
     backend.apply(params, verdict, flags, scale, lr, WD, step, found_inf, **more)
@@ -91,6 +92,17 @@ def test_lists_shards_and_presence(backend, shards):
         np.testing.assert_array_equal(array(p), e)
 
 
+def test_whole_tiles_across_shards(backend):
+    """A tile of the GPU's that needs no mask, but whose words do not follow one another."""
+    gen = generator(6)
+    params = [torch.randn(n, generator=gen) for n in (5, 20_000)]
+    integers = [torch.randint(0, 3, (p.numel(),), generator=gen) for p in params]
+    expected = [want(p, v, 2) for p, v in zip(params, integers, strict=True)]
+    run(backend, params, integers, 2, 2, shards=3)
+    for p, e in zip(params, expected, strict=True):
+        np.testing.assert_array_equal(array(p), e)
+
+
 @pytest.mark.parametrize("lr", [lr_of(LR), lr_of(LR).view(1)])
 def test_tensor_lr(backend, lr):
     p = torch.randn(100, generator=generator(1))
@@ -125,7 +137,9 @@ def test_found_inf_changes_nothing(backend):
     np.testing.assert_array_equal(array(p), expected)
 
 
-def test_more_tensors_than_one_flag_word(backend):
+@pytest.mark.parametrize("ranks", [3, 32, 33, 70])
+def test_more_tensors_than_one_flag_word(backend, ranks):
+    """And, from 33 on, more ranks than a program of the GPU's reads."""
     gen = generator(3)
     params = [torch.randn(3, generator=gen) for _ in range(70)]
     present = [i % 3 == 0 for i in range(70)]
@@ -134,7 +148,7 @@ def test_more_tensors_than_one_flag_word(backend):
         want(p, v, 1) if here else array(p)
         for p, v, here in zip(params, integers, present, strict=True)
     ]
-    run(backend, params, integers, 1, 1, present=present)
+    run(backend, params, integers, 1, 1, present=present, ranks=ranks)
     for p, e in zip(params, expected, strict=True):
         np.testing.assert_array_equal(array(p), e)
 

@@ -100,6 +100,15 @@ def test_lists_and_shards(backend, shards, planes):
 
 
 @pytest.mark.parametrize("planes", [1, 2])
+def test_whole_tiles_across_shards(backend, planes):
+    """A tile of the GPU's that needs no mask, but whose words do not follow one another."""
+    gen = generator(8)
+    numels = (5, 20_000)
+    grads, exp_avgs = ([exact(n, gen) for n in numels] for _ in range(2))
+    check_exact(backend, grads, exp_avgs, planes, shards=3)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
 def test_maximize(backend, planes):
     gen = generator(3)
     check_exact(backend, [exact(999, gen)], [exact(999, gen)], planes, maximize=True)

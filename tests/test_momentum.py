@@ -6,7 +6,10 @@ import io
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
+import backends
 import oracle
 from common import (
     STORAGE_DTYPES,
@@ -19,6 +22,7 @@ from common import (
     words,
 )
 from lion_kernels import Lion, reference
+from lion_kernels.kernels import momentum as momentum_kernels
 from lion_kernels.layout import BallotLayout
 
 # Around a word, a block, the CPU's chunk and the GPU's tiles.
@@ -161,6 +165,30 @@ def test_every_magnitude(backend):
     near = (twin(q, scales) - m).abs().view(277, 128) / scales.unsqueeze(1)
     assert (near[30:] <= (127**2 - 126.5**2) / 127**2 * (1 + 1e-6)).all()
     assert torch.equal(reference.dequantize(q, scales), twin(q, scales))
+
+
+@triton.jit
+def _roots_kernel(x_ptr, reciprocal_ptr, root_ptr, steps_ptr, N: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    root, half = momentum_kernels._roots(tl.load(x_ptr + i), tl.load(reciprocal_ptr + i))
+    tl.store(root_ptr + i, root)
+    tl.store(steps_ptr + i, momentum_kernels._steps_over(root, half))
+
+
+def test_roots_without_a_slow_path_are_exact():
+    """Every significand, with a reciprocal root up to 3 units in the last place off; PTX allows
+    rsqrt.approx 2.1."""
+    device = "cuda" if backends.HAS_CUDA else "cpu"
+    n = 2**20
+    for first in range(0x3F800000, 0x40800000, n):
+        x = torch.arange(first, first + n, dtype=torch.int32).view(torch.float32)
+        near = x.double().rsqrt().float().view(torch.int32)
+        near += torch.randint(-3, 4, (n,), generator=generator(first), dtype=torch.int32)
+        args = [t.to(device) for t in (x, near.view(torch.float32), torch.empty(n), torch.empty(n))]
+        _roots_kernel[(8,)](*args, N=n // 8, enable_fp_fusion=False)
+        root = x.double().sqrt().float()  # 53 bits are enough for one rounding
+        assert torch.equal(args[2].cpu(), root)
+        assert torch.equal(args[3].cpu(), torch.full_like(root, 127).div(root))
 
 
 def test_storing_what_was_read_changes_nothing():

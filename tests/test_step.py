@@ -46,6 +46,16 @@ def test_bit_exact_on_exact_inputs(backend, n):
     check_exact(backend, [torch.randn(n, generator=gen)], [exact(n, gen)], [exact(n, gen)])
 
 
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+def test_a_zero_keeps_its_sign(backend, dtype):
+    """-0 * decay - lr * 0 is -0: a negation that subtracts from 0 would make it +0."""
+    p = torch.tensor([-0.0, 0.0] * 600, dtype=dtype)
+    g, m = torch.zeros(1200, dtype=dtype), torch.zeros(1200)
+    before = p.clone()
+    run(backend, [p], [g], [m])
+    assert bits_equal(p, before)
+
+
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("m_dtype", STORAGE_DTYPES)
 @pytest.mark.parametrize("p_dtype", STORAGE_DTYPES)

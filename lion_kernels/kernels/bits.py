@@ -1,10 +1,11 @@
-"""What the Triton kernels share: table rows, tiles, moments, packed words, coins.
+"""What the Triton kernels share: table rows, tiles, moments, packed bytes, coins.
 
-A program handles BLOCK consecutive elements of one tensor: as one tile of BLOCK // 32 words of 32,
-read and written 16 bytes at a time, or, at a tensor's end and where pointers are not aligned, as
-masked tiles of EDGE elements. The arithmetic is that of csrc/lion_rows.h, the coins are those of
-csrc/coin.h. Every load becomes float32 at once: Triton's interpreter computes in the storage type
-otherwise.
+A program handles BLOCK consecutive elements of one tensor: as one tile of BLOCK // 8 bytes of 8,
+read and written 16 bytes at a time, or, at a tensor's end, across shards and where pointers are not
+aligned, as masked tiles of EDGE elements. The unit is the byte: a thread that loads eight elements
+in a row has all of it, and the wire's little-endian words are such bytes. The arithmetic is that of
+csrc/lion_rows.h, the coins are those of csrc/coin.h. Every load becomes float32 at once: Triton's
+interpreter computes in the storage type otherwise.
 """
 
 import triton
@@ -30,7 +31,7 @@ EDGE = tl.constexpr(512)
 RUNTIME = (
     "lr", "lr_address", "lr_bytes", "weight_decay", "complement1", "complement2", "key", "scale",
     "inverse_scale",
-    "words_per_shard", "shard_stride", "plane_stride", "n_planes", "n_ranks", "presence_stride",
+    "words_per_shard", "shard_stride", "plane_stride", "n_ranks", "presence_stride",
     "flags_stride", "n_flag_words", "n_tiles", "rounding_key", "advance",
     "skip", "cautious", "cautious_decay", "agreeing_address",
     "grad_scale_address", "found_inf_address",
@@ -41,28 +42,47 @@ RUNTIME = (
 def row_of(table_ptr, tile_rows_ptr, BLOCK: tl.constexpr):
     """This program's row, its first element there, and how many elements it has, int32."""
     tile = tl.program_id(0)
-    row = table_ptr + tl.load(tile_rows_ptr + tile).to(tl.int64) * COLUMNS
-    start = (tile - tl.load(row + FIRST_TILE)) * BLOCK
-    return row, start, tl.minimum(tl.load(row + NUMEL) - start, BLOCK).to(tl.int32)
+    ptr = table_ptr + tl.load(tile_rows_ptr + tile).to(tl.int64) * COLUMNS
+    # All columns at once: each that waited for a test would cost a trip to the L2 cache.
+    row = (
+        tl.load(ptr + DATA), tl.load(ptr + GRAD), tl.load(ptr + EXP_AVG), tl.load(ptr + NUMEL),
+        tl.load(ptr + FIRST_WORD), tl.load(ptr + FIRST_TILE), tl.load(ptr + ALIGNED),
+        tl.load(ptr + INDEX), tl.load(ptr + LOW), tl.load(ptr + SCALE),
+    )  # fmt: skip
+    start = (tile - row[FIRST_TILE]) * BLOCK
+    return row, start, tl.minimum(row[NUMEL] - start, BLOCK).to(tl.int32)
 
 
 @triton.jit
 def is_full(row, left, BLOCK: tl.constexpr):
     """Whether the program has one tile without masks."""
-    return (tl.load(row + ALIGNED) != 0) & (left == BLOCK)
+    return (row[ALIGNED] != 0) & (left == BLOCK)
 
 
 @triton.jit
-def pointer(row, column, start, DTYPE: tl.constexpr, MASKED: tl.constexpr):
+def first_word(row, start):
+    """The tile's first word in the group's word space, int32."""
+    return (row[FIRST_WORD] + start // 32).to(tl.int32)
+
+
+@triton.jit
+def is_full_in_one_shard(row, start, left, words_per_shard, BLOCK: tl.constexpr):
+    """Whether the program has one tile without masks whose words follow one another."""
+    end = first_word(row, start) % words_per_shard + BLOCK // 32
+    return is_full(row, left, BLOCK) & (end <= words_per_shard)
+
+
+@triton.jit
+def pointer(row, column: tl.constexpr, start, DTYPE: tl.constexpr, MASKED: tl.constexpr):
     """To the tile's first element of the row's tensor in ``column``."""
-    ptr = tl.load(row + column).to(tl.pointer_type(DTYPE)) + start
+    ptr = row[column].to(tl.pointer_type(DTYPE)) + start
     return ptr if MASKED else tl.multiple_of(ptr, 16)
 
 
 @triton.jit
 def elements(TILE: tl.constexpr):
-    """Positions in the tile, (words, 32)."""
-    return 32 * tl.arange(0, TILE // 32)[:, None] + tl.arange(0, 32)[None, :]
+    """Positions in the tile, (bytes, 8): what a thread holds in a row is a byte of a plane."""
+    return 8 * tl.arange(0, TILE // 8)[:, None] + tl.arange(0, 8)[None, :]
 
 
 @triton.jit
@@ -79,10 +99,16 @@ def load(ptr, left, TILE: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def store(ptr, tile, left, DTYPE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
+def store(
+    ptr, tile, left,
+    DTYPE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr = False,
+):  # fmt: skip
+    """GUARDED: nothing where ``left`` is 0, also of a tile without masks."""
     x = elements(TILE)
     if MASKED:
         tl.store(ptr + x, tile.to(DTYPE), mask=x < left)
+    elif GUARDED:
+        tl.store(ptr + x, tile.to(DTYPE), mask=tl.zeros_like(x) < left)
     else:
         tl.store(ptr + x, tile.to(DTYPE))
 
@@ -125,6 +151,12 @@ def complement(bits, grad_scale_address):
 
 
 @triton.jit
+def negative(x):
+    """-x, of zeros too: triton 3.6 makes 0 - x of the operator, which loses the sign of a zero."""
+    return x * -1.0
+
+
+@triton.jit
 def interpolate(g, m, beta, complement):
     """beta * m + complement * g: the product with m rounded, the sum fused."""
     return tl.fma(g, complement + tl.zeros_like(g), m * beta)
@@ -133,31 +165,57 @@ def interpolate(g, m, beta, complement):
 @triton.jit
 def agrees(c, g, complement):
     """Whether the sign of c is that of the gradient as it is descended (arXiv:2411.16085)."""
-    slope = tl.where(complement < 0, -g, g)
+    slope = tl.where(complement < 0, negative(g), g)
     return ((c > 0) & (slope > 0)) | ((c < 0) & (slope < 0))
 
 
 @triton.jit
-def count_nonfinite(c, counter_ptr):
-    """Adds to the counter how many of ``c`` are not finite; a tile without any writes nothing."""
+def codes(c, finite):
+    """What each c adds to its byte's code, (bytes, 8): its bit among those that vote +1, from bit 0
+    on, or among those that vote 0, from bit 8 on; and from bit 16 on, 1 where it is not finite."""
+    bit = (1 << tl.arange(0, 8))[None, :]
+    code = tl.where(c > 0, bit, tl.where(c == 0, bit << 8, 0))
+    return tl.where(finite, code, (bit << 8) + (1 << 16))
+
+
+@triton.jit
+def nonfinite(c):
+    """How many of each byte's c are not finite, (bytes,)."""
     # Exponent bits all set carry into the top bit. Comparisons would be gathered on the stack.
     magnitude = c.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
-    n = tl.sum(tl.sum(((magnitude + 0x00800000) >> 31).to(tl.int32), 1), 0)
-    if n > 0:
-        tl.atomic_add(counter_ptr, n.to(tl.int64))
+    return tl.sum(((magnitude + 0x00800000) >> 31).to(tl.int32), 1)
 
 
 @triton.jit
-def pack(flags):
-    """Booleans (words, 32) as ballot words (words,)."""
-    return tl.sum(flags.to(tl.int32) << tl.arange(0, 32)[None, :], 1)
+def count(n, counter_ptr):
+    """Adds (bytes,) to the counter. A sum over the program would be a barrier for a number that is
+    nearly always 0; so, bytes that count nothing write nothing."""
+    tl.atomic_add(counter_ptr + tl.zeros_like(n), n.to(tl.int64), mask=n > 0, sem="relaxed")
 
 
 @triton.jit
-def word_address(words, words_per_shard, shard_stride):
-    """Where words of the group's word space (int32) lie in plane 0 of (shards, planes, words)."""
-    shard = words // words_per_shard
-    return shard.to(tl.int64) * shard_stride + (words - shard * words_per_shard)
+def byte_ptr(
+    plane_ptr, first_word, words_per_shard, shard_stride, TILE: tl.constexpr, MASKED: tl.constexpr
+):
+    """Pointers to a tile's bytes (bytes,) in plane 0 of (shards, planes, words); ``first_word`` is
+    the tile's in the group's word space, int32. One division, where the tile lies in one shard."""
+    byte = tl.arange(0, TILE // 8)
+    word = first_word + (byte // 4 if MASKED else 0)
+    shard = word // words_per_shard
+    address = shard.to(tl.int64) * shard_stride + (word - shard * words_per_shard)
+    in_word = byte % 4 if MASKED else byte
+    ptr = plane_ptr.to(tl.pointer_type(tl.uint8)) + (4 * address + in_word)
+    return tl.max_contiguous(ptr, 1)  # as in_plane
+
+
+@triton.jit
+def in_plane(byte_ptr, plane: tl.constexpr, plane_stride):
+    """The same bytes of another plane. If the compiler knew that they follow one another, threads
+    would move two or four each, and pass them on through shared memory."""
+    ptr = byte_ptr
+    if plane > 0:
+        ptr = tl.max_contiguous(byte_ptr + 4 * plane * plane_stride, 1)
+    return ptr
 
 
 @triton.jit
@@ -177,7 +235,12 @@ def coin_key(key, step_ptr):
 
 
 @triton.jit
-def coins(key, words):
-    """The 32 coins of each ballot word, as int32."""
-    z = mix64(key + words.to(tl.uint64) * 0x9E3779B97F4A7C15)
-    return (z >> 32).to(tl.uint32).to(tl.int32, bitcast=True)
+def binary_vote(code, key, step, word, in_word):
+    """The byte of votes of a code, mapped over codes: a zero vote is a coin, and a thread without
+    one tosses none. One hash is the 32 coins of a ballot word."""
+    vote = code & 0xFF
+    zero = (code >> 8) & 0xFF
+    if zero != 0:
+        z = mix64(mix64(key ^ step) + word.to(tl.uint64) * 0x9E3779B97F4A7C15)
+        vote = vote | (zero & (z >> (32 + 8 * in_word).to(tl.uint64)).to(tl.int32))
+    return vote

@@ -12,12 +12,12 @@ from lion_kernels.kernels.momentum import load_momentum, store_momentum
 
 
 @triton.jit
-def _votes_tile(
-    row, start, left, nonfinite_ptr, beta1, complement1, beta2, complement2,
+def _codes_tile(
+    row, start, left, beta1, complement1, beta2, complement2,
     G: tl.constexpr, M: tl.constexpr, CAUTIOUS: tl.constexpr, TILE: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """c of a tile, 0 where it has no vote; moves the momentum on."""
+    """The codes of a tile's votes; moves the momentum on."""
     g_ptr = bits.pointer(row, bits.GRAD, start, G, MASKED)
     m_ptr = bits.pointer(row, bits.EXP_AVG, start, M, MASKED)
     g = bits.load(g_ptr, left, TILE, MASKED)
@@ -26,38 +26,39 @@ def _votes_tile(
     finite = tl.abs(c) < float("inf")
     next_m = tl.where(finite, bits.interpolate(g, m, beta2, complement2), m)
     store_momentum(row, m_ptr, start, left, next_m, M, TILE, MASKED)
-    bits.count_nonfinite(c, nonfinite_ptr)
     if CAUTIOUS:
-        finite = finite & bits.agrees(c, g, complement1)
-    return tl.where(finite, c, 0.0)
+        c = tl.where(finite & ~bits.agrees(c, g, complement1), 0.0, c)
+    return bits.codes(c, finite)
 
 
 @triton.jit
 def _encode_tile(
-    row, start, left, ballot_ptr, nonfinite_ptr, beta1, complement1, beta2, complement2, key,
+    row, start, left, ballot_ptr, nonfinite_ptr, beta1, complement1, beta2, complement2, key, step,
     words_per_shard, shard_stride, plane_stride,
     G: tl.constexpr, M: tl.constexpr, TERNARY: tl.constexpr, CAUTIOUS: tl.constexpr,
     TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    c = tl.zeros([TILE // 32, 32], tl.float32)
-    if tl.load(row + bits.GRAD) != 0:
-        c = _votes_tile(
-            row, start, left, nonfinite_ptr, beta1, complement1, beta2, complement2,
+    c = tl.zeros([TILE // 8, 8], tl.float32)
+    each = bits.codes(c, c == 0)
+    if row[bits.GRAD] != 0:
+        each = _codes_tile(
+            row, start, left, beta1, complement1, beta2, complement2,
             G, M, CAUTIOUS, TILE, MASKED,
         )  # fmt: skip
-    is_zero = c == 0
     if MASKED:
-        is_zero = is_zero & (bits.elements(TILE) < left) & (tl.load(row + bits.INDEX) >= 0)
-    plus, zero = bits.pack(c > 0), bits.pack(is_zero)
-    in_tile = tl.arange(0, TILE // 32)
-    used = 32 * in_tile < left
-    words = (tl.load(row + bits.FIRST_WORD) + start // 32).to(tl.int32) + in_tile
-    word_ptr = ballot_ptr + bits.word_address(words, words_per_shard, shard_stride)
+        each = tl.where((bits.elements(TILE) < left) & (row[bits.INDEX] >= 0), each, 0)
+    code = tl.sum(each, 1)
+    bits.count(code >> 16, nonfinite_ptr)
+    byte = tl.arange(0, TILE // 8)
+    used = 32 * (byte // 4) < left
+    word = bits.first_word(row, start)
+    ptr = bits.byte_ptr(ballot_ptr, word, words_per_shard, shard_stride, TILE, MASKED)
     if TERNARY:
-        tl.store(word_ptr, zero, mask=used)
-        tl.store(word_ptr + plane_stride, plus, mask=used)
+        tl.store(bits.in_plane(ptr, 0, plane_stride), (code >> 8).to(tl.uint8), mask=used)
+        tl.store(bits.in_plane(ptr, 1, plane_stride), code.to(tl.uint8), mask=used)
     else:
-        tl.store(word_ptr, plus | (zero & bits.coins(key, words)), mask=used)
+        vote = tl.map_elementwise(bits.binary_vote, code, key, step, word + byte // 4, byte % 4)
+        tl.store(bits.in_plane(ptr, 0, plane_stride), vote.to(tl.uint8), mask=used)
 
 
 @triton.jit
@@ -81,23 +82,27 @@ def _encode_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     shard = tl.program_id(0) - n_tiles
-    is_skipped = bits.is_set(found_inf_address)
-    if (shard >= 0) & (not is_skipped):
-        _write_flags(flags_ptr, flags_stride, flag_source_ptr, n_flag_words, shard)
-    if (shard < 0) & (not is_skipped):
+    if shard >= 0:
+        if not bits.is_set(found_inf_address):
+            _write_flags(flags_ptr, flags_stride, flag_source_ptr, n_flag_words, shard)
+    else:
         row, start, left = bits.row_of(table_ptr, tile_rows_ptr, BLOCK)
-        c1 = bits.complement(complement1, grad_scale_address)
-        c2 = bits.complement(complement2, grad_scale_address)
-        coin_key = bits.coin_key(key, step_ptr)
-        if bits.is_full(row, left, BLOCK):
-            _encode_tile(
-                row, start, left, ballot_ptr, nonfinite_ptr, beta1, c1, beta2, c2, coin_key,
-                words_per_shard, shard_stride, plane_stride, G, M, TERNARY, CAUTIOUS, BLOCK, False,
-            )  # fmt: skip
-        else:
-            for i in range(0, left, bits.EDGE):
+        if not bits.is_set(found_inf_address):
+            c1 = bits.complement(complement1, grad_scale_address)
+            c2 = bits.complement(complement2, grad_scale_address)
+            step = tl.load(step_ptr).to(tl.uint64, bitcast=True)
+            seed = key.to(tl.int64).to(tl.uint64, bitcast=True)
+            is_full = bits.is_full_in_one_shard(row, start, left, words_per_shard, BLOCK)
+            if is_full & (row[bits.GRAD] != 0):
                 _encode_tile(
-                    row, start + i, left - i, ballot_ptr, nonfinite_ptr, beta1, c1, beta2, c2,
-                    coin_key, words_per_shard, shard_stride, plane_stride,
-                    G, M, TERNARY, CAUTIOUS, bits.EDGE, True,
+                    row, start, left, ballot_ptr, nonfinite_ptr, beta1, c1, beta2, c2, seed, step,
+                    words_per_shard, shard_stride, plane_stride,
+                    G, M, TERNARY, CAUTIOUS, BLOCK, False,
                 )  # fmt: skip
+            else:
+                for i in range(0, left, bits.EDGE):
+                    _encode_tile(
+                        row, start + i, left - i, ballot_ptr, nonfinite_ptr, beta1, c1, beta2, c2,
+                        seed, step, words_per_shard, shard_stride, plane_stride,
+                        G, M, TERNARY, CAUTIOUS, bits.EDGE, True,
+                    )  # fmt: skip

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lion_kernels import _ops
-from lion_kernels.kernels.apply import _apply_kernel
+from lion_kernels.kernels.apply import FLAG_WORDS, RANKS, _any_kernel, _apply_kernel
 from lion_kernels.kernels.encode import _encode_kernel
 from lion_kernels.kernels.step import _agreeing_kernel, _step_kernel
 from lion_kernels.kernels.table import Launches, check_dense, identity, rows_by_dtypes, tables
@@ -40,16 +40,27 @@ class Config:
     registers: int
 
 
-# Not yet measured on a GPU. 8 elements a thread: up to six 16-byte loads in flight each, and 64
-# registers leave a multiprocessor 32 warps.
-STEP = Config(block=2048, num_warps=8, registers=64)
-# Skipping or cautious: at 64, bfloat16 with compensated rounding spills 8 bytes on sm_90.
+# Not yet measured on a GPU: `make codegen` forecasts what each leaves to memory. 16 elements a
+# thread share its scalars, its table row and its addresses; with 64 registers a multiprocessor
+# holds 32 warps. Registers are a bound: most kernels take 54 to 64.
+# At 96, bfloat16 with int8 momenta and stochastic rounding spills 8 bytes on sm_100.
+STEP = Config(block=2048, num_warps=4, registers=104)
+# Skipping or cautious: with 16 elements a thread and 80 registers, float32 spills 80 bytes.
 STEP_WITH_OPTIONS = Config(block=2048, num_warps=8, registers=80)
-ENCODE = Config(block=2048, num_warps=8, registers=64)
-AGREEING = Config(block=2048, num_warps=8, registers=64)
-# Cautious: at 64, int8 momenta spill 8 to 24 bytes on sm_80.
-ENCODE_WITH_OPTIONS = Config(block=2048, num_warps=8, registers=80)
-APPLY = Config(block=2048, num_warps=8, registers=64)
+# At 64, float32 with int8 momenta spills 8 bytes on sm_100.
+ENCODE = Config(block=2048, num_warps=4, registers=72)
+# Cautious: at 80, float32 with float16 momenta spills 8 bytes.
+ENCODE_WITH_OPTIONS = Config(block=2048, num_warps=4, registers=96)
+AGREEING = Config(block=2048, num_warps=4, registers=64)
+# It reads one tensor: 32 elements a thread, to have as many bytes in flight as the others. At 80,
+# float32 with eight planes, cautious, spills 8 bytes.
+APPLY = Config(block=4096, num_warps=4, registers=88)
+# More than eight planes: at 80, 16 planes spill 24 to 104 bytes.
+APPLY_MANY_PLANES = Config(block=4096, num_warps=4, registers=128)
+
+
+def apply_config(planes: int) -> Config:
+    return APPLY if planes <= 8 else APPLY_MANY_PLANES
 
 
 def options(config: Config) -> dict[str, object]:
@@ -336,6 +347,19 @@ def encode(
             )  # fmt: skip
 
 
+def _joined(presence: Tensor) -> Tensor:
+    """The flags that each program of apply reads, those of a few ranks: joined by a launch before
+    it, where there are more."""
+    if presence.shape[0] <= RANKS.value:
+        return presence
+    joined = presence.new_empty(1, presence.shape[1])
+    n_programs = max(1, -(-presence.shape[1] // FLAG_WORDS.value))
+    _any_kernel[(n_programs,)](
+        presence, joined, presence.shape[0], presence.stride(0), presence.shape[1], num_warps=4
+    )
+    return joined
+
+
 def apply(
     params: Sequence[Tensor],
     verdict: Tensor,
@@ -374,17 +398,19 @@ def apply(
     in_kernel = rounding != "stochastic"
     with _on(device):
         _, planes, words_per_shard = verdict.shape
-        found = tables(key, addresses, APPLY.block, device, launches)
+        config = apply_config(planes)
+        found = tables(key, addresses, config.block, device, launches)
+        flags = _joined(presence)
         for i, ((dtype,), table) in enumerate(found):
             _apply_kernel[(table.n_tiles,)](
-                table.rows, table.tile_rows, verdict, presence, step, *rate, _bits(weight_decay),
+                table.rows, table.tile_rows, verdict, flags, step, *rate, _bits(weight_decay),
                 scale, _bits(1.0 / scale),
-                max(1, words_per_shard), verdict.stride(0), verdict.stride(1), planes,
-                presence.shape[0], presence.stride(0), int(i == 0 and in_kernel),
+                max(1, words_per_shard), verdict.stride(0), verdict.stride(1),
+                flags.shape[0], flags.stride(0), int(i == 0 and in_kernel),
                 found_inf_address, _rounding_key(seed),
                 P=TRITON_DTYPES[dtype], ROUNDING=_rounding_of(rounding, dtype),
-                PLANES=planes if planes <= 2 else 0, CAUTIOUS=cautious_decay,
-                BLOCK=APPLY.block, **options(APPLY),
+                PLANES=planes, CAUTIOUS=cautious_decay,
+                BLOCK=config.block, **options(config),
             )  # fmt: skip
         if not in_kernel:
             _advance(step, found_inf)

@@ -28,11 +28,11 @@ def begin(key, step_ptr, advance, ROUNDING: tl.constexpr):
 
 @triton.jit
 def random_bits(key, first_word, TILE: tl.constexpr):
-    """16 random bits, uint32 (words, 32), for each element of the words from ``first_word`` on."""
-    words = (first_word + tl.arange(0, TILE // 32)).to(tl.uint64)
-    hashes = bits.mix64(key + words * 0x9E3779B97F4A7C15)
+    """16 random bits, uint32 (bytes, 8), for each element of the words from ``first_word`` on."""
+    byte = tl.arange(0, TILE // 8)
+    hashes = bits.mix64(key + (first_word + byte // 4).to(tl.uint64) * 0x9E3779B97F4A7C15)
     low, high = hashes.to(tl.uint32)[:, None], (hashes >> 32).to(tl.uint32)[:, None]
-    element = tl.arange(0, 32)[None, :]
+    element = 8 * (byte % 4)[:, None] + tl.arange(0, 8)[None, :]
     x = (element % 16).to(tl.uint32) * 0x9E3779B9 + low
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
@@ -53,7 +53,7 @@ def round_at_random(x, random, DTYPE: tl.constexpr):
         is_tiny = magnitude < 6.103515625e-05
         units = tl.where(is_tiny, magnitude, 0.0) * 16777216.0
         cut = tl.floor(units + noise.to(tl.float32) * 0.0001220703125) * 5.9604644775390625e-08
-        tiny = tl.where((pattern >> 31) != 0, -cut, cut)
+        tiny = tl.where((pattern >> 31) != 0, bits.negative(cut), cut)
         rounded = tl.where(is_tiny, tiny, normal)
     return tl.where(tl.abs(x) < float("inf"), rounded, x)
 
@@ -79,9 +79,10 @@ def load_parameter(
 def store_parameter(
     row, ptr, start, left, x, key,
     P: tl.constexpr, ROUNDING: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    GUARDED: tl.constexpr = False,
 ):  # fmt: skip
     if ROUNDING == STOCHASTIC:
-        first_word = tl.load(row + bits.FIRST_WORD) + start // 32
+        first_word = row[bits.FIRST_WORD] + start // 32
         x = round_at_random(x, random_bits(key, first_word, TILE), P)
     if ROUNDING == COMPENSATED:
         if P == tl.bfloat16:
@@ -92,10 +93,10 @@ def store_parameter(
             dropped = tl.where(finite, (pattern - kept).to(tl.int32, bitcast=True), 0)
             x = tl.where(finite, kept.to(tl.float32, bitcast=True), x)
             low_ptr = bits.pointer(row, bits.LOW, start, tl.int16, MASKED)
-            bits.store(low_ptr, dropped, left, tl.int16, TILE, MASKED)
+            bits.store(low_ptr, dropped, left, tl.int16, TILE, MASKED, GUARDED)
         else:
             dropped = x - x.to(tl.float16).to(tl.float32)
             dropped = tl.where(tl.abs(dropped) < float("inf"), dropped, 0.0)
             low_ptr = bits.pointer(row, bits.LOW, start, tl.float16, MASKED)
-            bits.store(low_ptr, dropped, left, tl.float16, TILE, MASKED)
-    bits.store(ptr, x, left, P, TILE, MASKED)
+            bits.store(low_ptr, dropped, left, tl.float16, TILE, MASKED, GUARDED)
+    bits.store(ptr, x, left, P, TILE, MASKED, GUARDED)

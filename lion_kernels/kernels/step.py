@@ -35,12 +35,12 @@ def _step_tile(
         sign = tl.where(is_update, sign, 0.0)
         # Cautious weight decay (arXiv:2510.12402).
         kept = tl.where((sign * p < 0) & (cautious_decay != 0), 1.0, kept)
-    next_p = tl.fma(p, kept, -(lr * sign))
+    next_p = tl.fma(p, kept, bits.negative(lr * sign))
     if not PLAIN:
         is_kept = (tl.abs(c) < float("inf")) | (skip == 0)
         next_p, next_m = tl.where(is_kept, next_p, p), tl.where(is_kept, next_m, m)
         if skip != 0:
-            bits.count_nonfinite(c, nonfinite_ptr)
+            bits.count(bits.nonfinite(c), nonfinite_ptr)
     store_parameter(row, p_ptr, start, left, next_p, key, P, ROUNDING, TILE, MASKED)
     store_momentum(row, m_ptr, start, left, next_m, M, TILE, MASKED)
 
@@ -51,8 +51,8 @@ def _rescale(row, agreeing_address):
     factor = 1.0
     if agreeing_address != 0:
         counts_ptr = agreeing_address.to(tl.int64).to(tl.pointer_type(tl.int64))
-        count = tl.load(counts_ptr + tl.maximum(tl.load(row + bits.INDEX), 0))
-        numel = tl.load(row + bits.NUMEL).to(tl.float32)
+        count = tl.load(counts_ptr + tl.maximum(row[bits.INDEX], 0))
+        numel = row[bits.NUMEL].to(tl.float32)
         factor = tl.div_rn(numel, (count + 1).to(tl.float32))
     return factor
 
@@ -86,7 +86,7 @@ def _agreeing_kernel(
         for i in range(0, left, bits.EDGE):
             count += _agreeing_tile(row, start + i, left - i, beta1, c1, G, M, bits.EDGE, True)
     if count > 0:
-        tl.atomic_add(agreeing_ptr + tl.load(row + bits.INDEX), count.to(tl.int64))
+        tl.atomic_add(agreeing_ptr + row[bits.INDEX], count.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=bits.RUNTIME)
