@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import lion_kernels
 import timing
+from foreseen import beside
 
 # All steps together, so that a machine that ends a command after ten minutes sees the end of it.
 TOTAL_S = 450
@@ -83,6 +84,7 @@ class Check:
     head: dict[str, object]
     seconds: float = TOTAL_S
     compiled: list[dict[str, object]] = field(default_factory=list)
+    measured: list[dict[str, object]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.deadline = time.monotonic() + self.seconds
@@ -181,6 +183,7 @@ def bench(check: Check) -> Outcome:
     ended = check.run("bench", command + ["--dry-run"] * check.dry, 270)
     print(ended.stdout)
     sections = json.loads(path.read_text())["sections"] if path.exists() else {}
+    check.measured = sections.get("ops", [])
     rows = [row for section in sections.values() for row in section]
     reached = sum(row.get("reached") is True for row in rows)
     missed = [str(row["case"]) for row in rows if row.get("reached") is False]
@@ -257,9 +260,15 @@ def keep(check: Check, outcomes: list[Outcome]) -> None:
     """All outcomes so far, as JSON and as a table."""
     path, head = check.path("gpu-check"), check.head
     steps = [asdict(outcome) for outcome in outcomes]
-    timing.save(path, head, {"check": steps, "codegen": check.compiled})
+    foreseen = beside(check.compiled, check.measured)
+    sections = {"check": steps, "foreseen": foreseen, "codegen": check.compiled}
+    timing.save(path, head, sections)
     facts = ", ".join(f"{key} {value}" for key, value in head.items())
     text = f"# gpu-check on {head['gpu']}\n\n{facts}\n\n```\n{steps_table(outcomes)}\n```\n"
+    if foreseen:
+        rows = [[*row.values()] for row in foreseen]
+        headers = ["case", "forecast: arithmetic's time over memory's", "measured: share of plain"]
+        text += f"\n```\n{tabulate(rows, headers)}\n```\n"
     path.with_suffix(".md").write_text(text)
 
 
