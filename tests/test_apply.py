@@ -92,6 +92,13 @@ def test_lists_shards_and_presence(backend, shards):
         np.testing.assert_array_equal(array(p), e)
 
 
+def test_a_tie_keeps_the_sign_of_a_zero(backend):
+    p = torch.tensor([-0.0, 0.0] * 50)
+    expected = p.clone()
+    run(backend, [p], [torch.ones(100, dtype=torch.int64)], 2, 2)
+    assert bits_equal(p, expected)
+
+
 def test_whole_tiles_across_shards(backend):
     """A tile of the GPU's that needs no mask, but whose words do not follow one another."""
     gen = generator(6)

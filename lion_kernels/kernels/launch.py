@@ -53,8 +53,9 @@ ENCODE = Config(block=2048, num_warps=4, registers=72)
 ENCODE_WITH_OPTIONS = Config(block=2048, num_warps=4, registers=96)
 AGREEING = Config(block=2048, num_warps=4, registers=64)
 # It reads one tensor: 32 elements a thread, to have as many bytes in flight as the others. At 80,
-# float32 with eight planes, cautious, spills 8 bytes.
-APPLY = Config(block=4096, num_warps=4, registers=88)
+# float32 with eight planes, cautious, spills 8 bytes, and so at 88 does bfloat16 with stochastic
+# rounding under triton 3.6; a multiprocessor holds five programs at 88 as at 96.
+APPLY = Config(block=4096, num_warps=4, registers=96)
 # More than eight planes: at 80, 16 planes spill 24 to 104 bytes.
 APPLY_MANY_PLANES = Config(block=4096, num_warps=4, registers=128)
 

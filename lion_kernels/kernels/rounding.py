@@ -53,7 +53,8 @@ def round_at_random(x, random, DTYPE: tl.constexpr):
         is_tiny = magnitude < 6.103515625e-05
         units = tl.where(is_tiny, magnitude, 0.0) * 16777216.0
         cut = tl.floor(units + noise.to(tl.float32) * 0.0001220703125) * 5.9604644775390625e-08
-        tiny = tl.where((pattern >> 31) != 0, bits.negative(cut), cut)
+        tiny = cut.to(tl.uint32, bitcast=True) | (pattern & 0x80000000)
+        tiny = tiny.to(tl.float32, bitcast=True)
         rounded = tl.where(is_tiny, tiny, normal)
     return tl.where(tl.abs(x) < float("inf"), rounded, x)
 
