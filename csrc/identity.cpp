@@ -60,19 +60,15 @@ bool is_same(at::TensorList list, const int64_t* at, const int64_t* end) {
 }
 
 // Which gradients are not in the memory layout of their parameters; {-1} where a parameter is not
-// what its numbers in `identity` say, or a gradient does not fit its parameter, or is missing where
-// none may be.
+// what its numbers in `identity` say, or a gradient does not fit its parameter.
 std::vector<int64_t> odd_gradients(const at::Tensor& identity, at::TensorList params,
-                                   const OptionalTensors& grads, bool may_be_missing) {
+                                   const OptionalTensors& grads) {
   const int64_t* numbers = identity.const_data_ptr<int64_t>();
   if (!is_same(params, numbers, numbers + identity.numel())) return {-1};
   std::vector<int64_t> odd;
   for (size_t i = 0; i < params.size(); ++i) {
     const std::optional<at::Tensor> g = grads.get(i);
-    if (!g.has_value()) {
-      if (!may_be_missing) return {-1};
-      continue;
-    }
+    if (!g.has_value()) continue;
     const at::Tensor& p = params[i];
     if (g->layout() != at::kStrided || g->scalar_type() != p.scalar_type() ||
         g->device() != p.device() || g->sizes() != p.sizes() ||
@@ -87,9 +83,7 @@ std::vector<int64_t> odd_gradients(const at::Tensor& identity, at::TensorList pa
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(lion_kernels, m) {
-  m.def(
-      "_odd_gradients(Tensor identity, Tensor[] params, Tensor?[] grads, bool may_be_missing) -> "
-      "int[]");
+  m.def("_odd_gradients(Tensor identity, Tensor[] params, Tensor?[] grads) -> int[]");
   m.def("_identity(Tensor?[] fixed, Tensor?[] grads) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(lion_kernels, CompositeExplicitAutograd, m) {

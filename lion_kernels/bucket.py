@@ -2,7 +2,6 @@
 dense, and with gradients and states in their memory layout. Knows no process groups.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import is_, itemgetter
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lion_kernels import states
-from lion_kernels.dense import is_dense, local, local_like
+from lion_kernels.dense import is_dense, is_distributed, local, local_like
 from lion_kernels.options import Settings
 
 DOUBLES = (torch.float64, torch.complex128)
@@ -29,25 +28,31 @@ class Bucket:
     is_double: bool = False  # float64, for which there are no kernels: double.py
     # DTensors, whose shards the ops write.
     wrappers: list[Tensor] = field(default_factory=list)
-    # (parameter with gaps, its dense stand-in): copied back after the step.
-    stand_ins: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    # (place, parameter with gaps), for which a dense one stands in during a step.
+    gapped: list[tuple[int, Tensor]] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
         return self.params[0].device
+
+    def begin(self) -> None:
+        """Before the ops: dense tensors stand in for parameters with gaps."""
+        for i, p in self.gapped:
+            self.params[i] = torch.empty_like(p).copy_(p)
 
     def write_back(self) -> None:
         """After the ops: what stands for a written tensor shows it; gradients are let go."""
         self.grads = []
         if self.wrappers:
             torch.autograd.graph.increment_version(self.wrappers)
-        for p, dense in self.stand_ins:
-            p.copy_(dense)
+        for i, p in self.gapped:
+            p.copy_(self.params[i])
+            self.params[i] = p
 
     def append(
         self, param: Tensor, state: dict[str, Any], momentum_dtype: torch.dtype | None
     ) -> None:
-        """Add a parameter with its gradient and its state, which is made where it is missing."""
+        """Add a parameter with its state, which is made where it is missing."""
         p, m = local(param), states.momentum(state, param, momentum_dtype)
         if self.lows is not None:
             self.lows.append(states.compensation(state, param))
@@ -58,11 +63,28 @@ class Bucket:
         if p.is_complex():
             p, m = torch.view_as_real(p), torch.view_as_real(m)
         if not self.is_double and not is_dense(p):
-            self.stand_ins.append((p, torch.empty_like(p).copy_(p)))
-            p = self.stand_ins[-1][1]
+            self.gapped.append((len(self.params), p))
         self.params.append(p)
-        self.grads.append(None if param.grad is None else _gradient(param.grad, param, p))
         self.exp_avgs.append(m)
+
+    def with_gradients(self) -> "Bucket":
+        """The part of it that has gradients, itself where that is all."""
+        kept = [i for i, g in enumerate(self.grads) if g is not None]
+        if len(kept) == len(self.grads):
+            return self
+        place = {i: k for k, i in enumerate(kept)}
+        part = Bucket(
+            params=[self.params[i] for i in kept],
+            grads=[self.grads[i] for i in kept],
+            exp_avgs=[self.exp_avgs[i] for i in kept],
+            lows=None if self.lows is None else [self.lows[i] for i in kept],
+            scales=None if self.scales is None else [self.scales[i] for i in kept],
+            is_double=self.is_double,
+            wrappers=self.wrappers,
+            gapped=[(place[i], p) for i, p in self.gapped if i in place],
+        )
+        self.grads = []
+        return part
 
 
 def _gradient(g: Tensor, param: Tensor, p: Tensor) -> Tensor:
@@ -70,30 +92,24 @@ def _gradient(g: Tensor, param: Tensor, p: Tensor) -> Tensor:
     g = local_like(g, param)
     if g.is_complex():
         g = torch.view_as_real(g.resolve_conj())
-    if g.stride() != p.stride() or g.is_neg():
+    strides = p.stride() if is_dense(p) else torch.empty_like(p, device="meta").stride()
+    if g.stride() != strides or g.is_neg():
         g = torch.empty_like(p).copy_(g)
     return g
 
 
-def buckets_of(
-    params: Sequence[Tensor], state: dict[Tensor, Any], settings: Settings
-) -> list[Bucket]:
-    """The buckets of ``params``, the float64 ones first, empty ones left out."""
-    buckets = [
-        Bucket(is_double=True),
-        Bucket(lows=[] if settings.rounding == "compensated" else None),
-    ]
-    for bucket in buckets:
+def _empty_buckets(settings: Settings) -> tuple[Bucket, Bucket]:
+    """For float64, and for the rest."""
+    double, rest = Bucket(is_double=True), Bucket()
+    rest.lows = [] if settings.rounding == "compensated" else None
+    for bucket in (double, rest):
         bucket.scales = [] if settings.momentum_dtype == torch.int8 else None
-    for p in params:
-        buckets[p.dtype not in DOUBLES].append(p, state[p], settings.momentum_dtype)
-    return [bucket for bucket in buckets if bucket.params]
+    return double, rest
 
 
 class Plan:
-    """The buckets of a group, asked once: ``serves`` says in a few C loops whether they still hold,
-    and takes the step's gradients. Where a parameter has gaps or is a DTensor they never do: what
-    the ops write is a copy, or hidden from the loops."""
+    """The buckets of parameters of a group, asked once: ``serves`` says in a few C loops whether
+    they still hold."""
 
     def __init__(
         self,
@@ -102,57 +118,77 @@ class Plan:
         state: dict[Tensor, Any],
         settings: Settings,
     ) -> None:
+        self.indices = indices
         self._group_params = list(group["params"])
         chosen = set(indices)
-        self.others = [p for i, p in enumerate(group["params"]) if i not in chosen]
+        self.others = [i for i in range(len(self._group_params)) if i not in chosen]
         self._stored = (settings.momentum_dtype, settings.rounding)
-        members = [group["params"][i] for i in indices]
-        self.buckets = buckets_of(members, state, settings)
-        self._lasts = not any(b.stand_ins or b.wrappers for b in self.buckets)
-        # In the order of the buckets: the float64 members come first.
-        self._members = sorted(members, key=lambda p: p.dtype not in DOUBLES)
+        double, rest = _empty_buckets(settings)
+        members = [self._group_params[i] for i in indices]
+        doubles = [p for p in members if p.dtype in DOUBLES]
+        # In the order of the buckets.
+        self._members = [*doubles, *(p for p in members if p.dtype not in DOUBLES)]
         self._states = [state[p] for p in self._members]
-        keys = [key for key in states.KEYS if any(key in s for s in self._states)]
-        self._kept = {key: [s[key] for s in self._states if key in s] for key in keys}
-        self._has_all = all(len(kept) == len(members) for kept in self._kept.values())
+        for k, (p, s) in enumerate(zip(self._members, self._states, strict=True)):
+            (double if k < len(doubles) else rest).append(p, s, settings.momentum_dtype)
+        self._buckets = [bucket for bucket in (double, rest) if bucket.params]
+        # Of each key: the states that have it, and what it was.
+        self._kept = {key: [s for s in self._states if key in s] for key in states.KEYS}
+        self._was = {key: [s[key] for s in kept] for key, kept in self._kept.items()}
         self._always_odd = [i for i, p in enumerate(self._members) if p.is_complex()]
-        if self._lasts:
-            self._identity = torch.ops.lion_kernels._identity(self._members, [])
+        self._grads: list[Tensor | None] = []
+        self._odd: list[int] = []
+        self._are_sharded = any(map(is_distributed, self._members))
+        self._identity = torch.ops.lion_kernels._identity(self._shards(), [])
 
-    def serves(self, group: dict[str, Any], settings: Settings, may_be_missing: bool) -> bool:
-        """Whether the buckets are those of the group's present parameters and states, each with a
-        gradient unless that may be missing; if so, they have its present gradients."""
+    def _shards(self) -> list[Tensor]:
+        """The members, of DTensors what lies here."""
+        return [local(p) for p in self._members] if self._are_sharded else self._members
+
+    def serves(self, group: dict[str, Any], settings: Settings) -> bool:
+        """Whether the buckets are those of the group's present parameters and states, and present
+        gradients fit them; keeps those for ``buckets``."""
         params = group["params"]
         if (
-            not self._lasts
-            or not self._has_all
-            or self._stored != (settings.momentum_dtype, settings.rounding)
+            self._stored != (settings.momentum_dtype, settings.rounding)
             or len(params) != len(self._group_params)
             or not all(map(is_, params, self._group_params))
         ):
             return False
         for key, kept in self._kept.items():
             try:
-                if not all(map(is_, map(itemgetter(key), self._states), kept)):
+                if not all(map(is_, map(itemgetter(key), kept), self._was[key])):
                     return False
             except KeyError:
                 return False
-        grads: list[Tensor | None] = [p.grad for p in self._members]
-        odd = torch.ops.lion_kernels._odd_gradients(
-            self._identity, self._members, grads, may_be_missing
+        self._grads = [p.grad for p in self._members]
+        if self._are_sharded:
+            pairs = list(zip(self._grads, self._members, strict=True))
+            if any(g is not None and is_distributed(g) != is_distributed(p) for g, p in pairs):
+                return False
+            self._grads = [None if g is None else local_like(g, p) for g, p in pairs]
+        self._odd = torch.ops.lion_kernels._odd_gradients(
+            self._identity, self._shards(), self._grads
         )
-        if odd == [-1]:
-            return False
-        self._take(grads, sorted({*odd, *self._always_odd}))
-        return True
+        return self._odd != [-1]
 
-    def _take(self, grads: list[Tensor | None], odd: list[int]) -> None:
-        first = 0
-        for bucket in self.buckets:
+    def buckets(self, may_abstain: bool) -> list[Bucket]:
+        """The step's buckets with their gradients; without one, a parameter abstains or is left
+        out."""
+        if not self._grads:  # asked just now
+            self._grads, self._odd = [p.grad for p in self._members], [*range(len(self._members))]
+        found, first = [], 0
+        for bucket in self._buckets:
             n = len(bucket.params)
-            bucket.grads = grads[first : first + n]
-            for i in odd:
-                if first <= i < first + n and (g := grads[i]) is not None:
+            bucket.grads = self._grads[first : first + n]
+            for i in {*self._odd, *self._always_odd}:
+                if first <= i < first + n and (g := self._grads[i]) is not None:
                     p = bucket.params[i - first]
                     bucket.grads[i - first] = _gradient(g, self._members[i], p)
             first += n
+            bucket = bucket if may_abstain else bucket.with_gradients()
+            if bucket.params:
+                bucket.begin()
+                found.append(bucket)
+        self._grads = []
+        return found

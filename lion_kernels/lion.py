@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lion_kernels import _ops, double, interchange, release, states
-from lion_kernels.bucket import Bucket, Plan, buckets_of
+from lion_kernels.bucket import Bucket, Plan
 from lion_kernels.checks import check_members, check_rescale, require_kernels
 from lion_kernels.dense import cut_as
 from lion_kernels.loading import Loading
@@ -234,11 +234,11 @@ class Lion(Optimizer):
         self._forget_changed_states()
         plans = [self._plan(number) for number in range(len(self.param_groups))]
         self._known_states = list(self.state.values())
-        first = next((b for _, plan in plans for b in plan.buckets), None)
+        first = next((b for _, buckets in plans for b in buckets), None)
         device = torch.device("cpu") if first is None else first.device
         scaling = self._agreed(Scaling.of(self, device))
-        for number, (settings, plan) in enumerate(plans):
-            self._step_group(number, plan.buckets, settings, scaling)
+        for number, (settings, buckets) in enumerate(plans):
+            self._step_group(number, buckets, settings, scaling)
         if scaling.grad_scale is not None:
             scaling.unscale([p for group in self.param_groups for p in group["params"]])
         for group in self.param_groups if self._release is not None else ():
@@ -265,21 +265,20 @@ class Lion(Optimizer):
                 self._settings[number] = (list(map(group.get, SETTINGS)), settings)
         return settings
 
-    def _plan(self, number: int) -> tuple[Settings, Plan]:
+    def _plan(self, number: int) -> tuple[Settings, list[Bucket]]:
         """The group's options and buckets; raises where an option, a parameter, a gradient or a
-        state is not as it must be."""
+        state is not as it must be. Who joins is asked; who was asked and lacks a gradient stays."""
         group, settings = self.param_groups[number], self._settings_of(number)
         plan = self._plans.get(number)
-        if (
-            plan is None
-            or any(self._is_member(p) for p in plan.others)
-            or not plan.serves(group, settings, self._votes)
-        ):
-            indices = self._members(number, group)
-            self._check(number, indices)
-            plan = Plan(group, indices, self.state, settings)
+        serves = plan is not None and plan.serves(group, settings)
+        others = plan.others if plan is not None and serves else range(len(group["params"]))
+        if plan is None or not serves or any(self._is_member(group["params"][i]) for i in others):
+            joining = self._members(number, group)
+            known = plan.indices if plan is not None and serves else []
+            self._check(number, sorted(set(joining).difference(known)))
+            plan = Plan(group, sorted({*joining, *known}), self.state, settings)
             self._plans[number] = plan
-        return settings, plan
+        return settings, plan.buckets(may_abstain=self._votes)
 
     def _is_member(self, p: Tensor) -> bool:
         """Whether a step has to do with a parameter: whether it has a gradient."""
@@ -329,8 +328,8 @@ class Lion(Optimizer):
     @torch.no_grad()
     def _make_states(self) -> None:
         for number, group in enumerate(self.param_groups):
-            trained = [p for p in group["params"] if p.requires_grad]
-            buckets_of(trained, self.state, self._settings_of(number))
+            trained = [i for i, p in enumerate(group["params"]) if p.requires_grad]
+            Plan(group, trained, self.state, self._settings_of(number))
 
     @torch.no_grad()
     def _step_released(self, number: int, indices: list[int]) -> None:
@@ -339,7 +338,7 @@ class Lion(Optimizer):
         group, settings = self.param_groups[number], self._settings_of(number)
         self._check(number, indices)
         seed = (self.seed + _BUCKET_SEED * (1 + indices[0])) % 2**63
-        for bucket in buckets_of([group["params"][i] for i in indices], self.state, settings):
+        for bucket in Plan(group, indices, self.state, settings).buckets(may_abstain=False):
             step = None
             if "step" in group:
                 step = states.step_counter(group, bucket.device).clone()
