@@ -162,6 +162,10 @@ class Eager(torch.optim.Optimizer):
         wide = torch.promote_types(p.dtype, torch.float32)
         wide = torch.float32 if self.fault == "float" else wide
         betas = self.param_groups[0]["betas"] if self.fault == "groups" else group["betas"]
+        if self.fault == "in place":
+            first = (float(group["lr"]), float(group["weight_decay"]), *map(float, betas))
+            lr, decay, *betas = self.kept.setdefault("options", first)
+            group = {**group, "lr": lr, "weight_decay": decay}
         lr = self.first_lr if self.fault == "lr" else group["lr"]
         decay, (beta1, beta2) = group["weight_decay"], betas
         up = -1 if group["maximize"] and self.fault != "maximize" else 1
@@ -249,6 +253,7 @@ def test_plain_pytorch_passes():
         ("maximize", "maximize"),
         ("lr", "lr read in every step"),
         ("lr", "lr as a tensor"),
+        ("in place", "options written in place"),
         ("groups", "groups, one added later"),
         ("threads", "threads"),
         ("double", "rounded once, everywhere"),

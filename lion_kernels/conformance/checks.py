@@ -25,6 +25,7 @@ CHECKS: dict[str, Check] = {
     "maximize": formula.maximize,
     "lr read in every step": formula.live_lr,
     "lr as a tensor": formula.tensor_lr,
+    "options written in place": formula.written_in_place,
     "groups, one added later": formula.groups,
     "threads": formula.threads,
     "rounded once, everywhere": formula.fused,

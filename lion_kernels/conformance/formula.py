@@ -183,6 +183,35 @@ def tensor_lr(make: Make, device: str) -> Outcome:
     return abs(moved - 1.75) < 1e-3, f"{moved:.2f} of 1.75"
 
 
+def written_in_place(make: Make, device: str) -> Outcome:
+    """Where an option may be a tensor, and the group holds that tensor, what is written into it
+    between steps counts from the next step on."""
+    asked, unseen = [], []
+    for name, now, later in (("lr", (LR,), (LR / 4,)), ("weight_decay", (WD,), (10.0,)),
+                             ("betas", BETAS, (0.5, 0.7))):  # fmt: skip
+        tensors = tuple(torch.tensor(x, dtype=torch.float64) for x in now)
+        value = tensors if name == "betas" else tensors[0]
+        p = torch.nn.Parameter(randn(500, seed=0, device=device))
+        twin, gradient = Twin(p), random_gradient(device)
+        try:
+            opt = make([p], **{**OPTIONS, name: value})
+            works = walk(opt, [p], [twin], gradient, range(3)) == 0
+        except Exception:  # whatever a class says no with
+            continue
+        if not works or opt.param_groups[0].get(name) is not value:
+            continue
+        for t, x in zip(tensors, later, strict=True):
+            t.fill_(x)
+        setattr(
+            twin, {"weight_decay": "wd"}.get(name, name), later if name == "betas" else later[0]
+        )
+        asked.append(name)
+        unseen += [name] if walk(opt, [p], [twin], gradient, range(3, 9)) else []
+    if not asked:
+        return None, "no tensors taken"
+    return not unseen, f"unseen: {', '.join(unseen)}" if unseen else f"seen: {', '.join(asked)}"
+
+
 def groups(make: Make, device: str) -> Outcome:
     """Each group has its own lr, betas and decay; one is added later, and one parameter has a
     gradient in every other step only."""
