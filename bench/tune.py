@@ -26,7 +26,7 @@ ROOMS = {
     "ENCODE_WITH_OPTIONS": (True, [("encode", 1)], ("fp32", "bf16")),
 }
 # By elements a thread; others leave it too little to load at once, or too much to keep.
-REGISTERS = {4: (32, 64), 8: (32, 64), 16: (64, 128), 32: (128, 255)}
+REGISTERS = {4: (32, 64), 8: (32, 64, 80), 16: (64, 80, 96, 128), 32: (88, 96, 128, 255)}
 
 
 def configs(shipped: Any, dry: bool) -> list[Any]:
