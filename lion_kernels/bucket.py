@@ -135,7 +135,10 @@ class Plan:
         # Of each key: the states that have it, and what it was.
         self._kept = {key: [s for s in self._states if key in s] for key in states.KEYS}
         self._was = {key: [s[key] for s in kept] for key, kept in self._kept.items()}
-        self._always_odd = [i for i, p in enumerate(self._members) if p.is_complex()]
+        # Beside pairs of reals, and beside dense stand-ins.
+        self._always_odd = [
+            i for i, p in enumerate(self._members) if p.is_complex() or not is_dense(local(p))
+        ]
         self._grads: list[Tensor | None] = []
         self._odd: list[int] = []
         self._are_sharded = any(map(is_distributed, self._members))

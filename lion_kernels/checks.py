@@ -25,7 +25,7 @@ _VOTES_ON = (
 def label(group: dict[str, Any], number: int, index: int) -> str:
     """How errors name a parameter of group ``number``."""
     names = group.get("param_names")
-    name = f" ({names[index]!r})" if names else ""
+    name = f" ({names[index]!r})" if names and index < len(names) else ""
     return f"parameter {index} of group {number}{name}"
 
 
@@ -66,7 +66,7 @@ def is_flat_shard(p: Tensor) -> bool:
 
 def is_whole(p: Tensor) -> bool:
     """Whether every rank has all of ``p``, in a storage of its own."""
-    return has_storage(p) and not is_flat_shard(p)
+    return has_storage(p) and not is_flat_shard(p) and not overlaps(p)
 
 
 def check_voter(group: dict[str, Any], number: int, index: int) -> None:
@@ -134,13 +134,16 @@ def check_lr(group: dict[str, Any], number: int, device: torch.device) -> None:
 
 
 def check_members(
-    group: dict[str, Any], number: int, indices: list[int], state: dict[Tensor, Any], who: str
+    group: dict[str, Any],
+    number: int,
+    indices: list[int],
+    state: dict[Tensor, Any],
+    device: torch.device,
+    who: str,
 ) -> None:
-    """Every rule of the parameters that a step of the group will move, and of what is kept for
-    them; ``who``: the optimizer's name."""
+    """Every rule of the parameters that a step of the group will move on ``device``, and of what is
+    kept for them; ``who``: the optimizer's name."""
     params = group["params"]
-    device = params[indices[0]].device
-    check_lr(group, number, device)
     for i in indices:
         check_parameter(group, number, i, device)
         check_storage(group, number, i)

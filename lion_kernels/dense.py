@@ -73,7 +73,7 @@ def local_like(t: Any, p: Any) -> Tensor:
 
 def has_storage(t: Tensor) -> bool:
     """Whether ``t`` is an ordinary tensor, whose elements lie in a storage of its own."""
-    is_ordinary = not (is_distributed(t) or is_wrapper(t))
+    is_ordinary = not (is_distributed(t) or is_wrapper(t) or t.is_quantized)
     return is_ordinary and t.layout == torch.strided and t.device.type != "meta"
 
 

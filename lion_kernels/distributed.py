@@ -134,7 +134,7 @@ class DistributedLion(Lion):
         self.exchange = choose(self._world_size) if exchange == "auto" else exchange
         self._broadcast, self._check_every = broadcast, check_every
         self._buffers: dict[tuple[int, bool], Buffers] = {}
-        self._voters: dict[int, list[int]] = {}  # of each group, the same on every rank
+        self._voters: dict[int, list[Tensor]] = {}  # of each group, the same on every rank
         self._steps = self._wire_bytes = 0
         self._votes = self._world_size > 1
         self._constructed = False
@@ -254,18 +254,19 @@ class DistributedLion(Lion):
         mine = super()._members(number, group)
         if self._world_size == 1:
             return mine
-        known = self._voters.get(number)
-        if known is None or not set(mine).issubset(known):
-            every = union_of({*mine, *(known or ())}, self._group, self._device())
-            self._voters[number] = known = every
+        params, voters = group["params"], set(map(id, self._voters.get(number, ())))
+        known = [i for i, p in enumerate(params) if id(p) in voters]
+        if number not in self._voters or not set(mine).issubset(known):
+            known = union_of({*mine, *known}, self._group, self._device())
+            self._voters[number] = [params[i] for i in known]
         return known
 
     def _settings_of(self, number: int) -> Settings:
         self._check_nonfinite(number)
         return super()._settings_of(number)
 
-    def _check(self, number: int, indices: list[int]) -> None:
-        super()._check(number, indices)
+    def _check(self, number: int, indices: list[int], beside: list[int]) -> None:
+        super()._check(number, indices, beside)
         for i in indices:
             check_voter(self.param_groups[number], number, i)
 

@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lion_kernels import _ops, double, interchange, release, states
 from lion_kernels.bucket import Bucket, Plan
-from lion_kernels.checks import check_members, check_rescale, require_kernels
+from lion_kernels.checks import check_lr, check_members, check_rescale, require_kernels
 from lion_kernels.dense import cut_as
 from lion_kernels.loading import Loading
 from lion_kernels.options import (
@@ -174,6 +174,8 @@ class Lion(Optimizer):
             require_kernels(group, vote=self._votes)
             if group["rounding"] == "stochastic":
                 states.step_counter(group, torch.device("cpu"))
+            if self._release is not None:
+                release.check_final(params)
             release.take_over(params)
             if self._release is not None:
                 self._release.attach(params)
@@ -232,7 +234,11 @@ class Lion(Optimizer):
                 )
             self._release.end_step()
         self._forget_changed_states()
-        plans = [self._plan(number) for number in range(len(self.param_groups))]
+        try:
+            plans = [self._plan(number) for number in range(len(self.param_groups))]
+        except BaseException:
+            self._plans.clear()  # which hold gradients from here to the end of the step
+            raise
         self._known_states = list(self.state.values())
         first = next((b for _, buckets in plans for b in buckets), None)
         device = torch.device("cpu") if first is None else first.device
@@ -275,9 +281,11 @@ class Lion(Optimizer):
         if plan is None or not serves or any(self._is_member(group["params"][i]) for i in others):
             joining = self._members(number, group)
             known = plan.indices if plan is not None and serves else []
-            self._check(number, sorted(set(joining).difference(known)))
+            self._check(number, sorted(set(joining).difference(known)), [*known, *joining])
             plan = Plan(group, sorted({*joining, *known}), self.state, settings)
             self._plans[number] = plan
+        if plan.indices:
+            check_lr(group, number, group["params"][plan.indices[0]].device)
         return settings, plan.buckets(may_abstain=self._votes)
 
     def _is_member(self, p: Tensor) -> bool:
@@ -288,10 +296,13 @@ class Lion(Optimizer):
         """The indices of the parameters that a step has to do with."""
         return [i for i, p in enumerate(group["params"]) if self._is_member(p)]
 
-    def _check(self, number: int, indices: list[int]) -> None:
+    def _check(self, number: int, indices: list[int], beside: list[int]) -> None:
+        """Check parameters of a group, which are on the device of those ``beside`` them."""
         if indices:
             group = self.param_groups[number]
-            check_members(group, number, indices, self.state, type(self).__name__)
+            device = group["params"][beside[0]].device
+            check_lr(group, number, device)
+            check_members(group, number, indices, self.state, device, type(self).__name__)
 
     def _agreed(self, scaling: Scaling) -> Scaling:
         """Whether to skip this step: what GradScaler found in the gradients, on any rank."""
@@ -336,7 +347,7 @@ class Lion(Optimizer):
         """What fused_backward does with parameters of a group that have their gradients. Each
         bucket rounds with bits of its own; the counter is the step's."""
         group, settings = self.param_groups[number], self._settings_of(number)
-        self._check(number, indices)
+        self._check(number, indices, indices)
         seed = (self.seed + _BUCKET_SEED * (1 + indices[0])) % 2**63
         for bucket in Plan(group, indices, self.state, settings).buckets(may_abstain=False):
             step = None
@@ -394,6 +405,8 @@ class Lion(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+            self._plans.clear()  # they hold what the load replaced
+            self._known_states = []
 
     def export_state_dict(self, library: str) -> dict[str, Any]:
         """The state as ``library`` loads it: "lion-pytorch", "google", "timm", "optimi",

@@ -35,9 +35,12 @@ def _living(kind: type) -> list[Any]:
     return [each for each in gc.get_objects() if issubclass(type(each), kind)]
 
 
-def _check_final(params: list[Tensor]) -> None:
+def check_final(params: list[Tensor]) -> None:
     """Raise RuntimeError where hooks would see gradients that are still to be reduced."""
-    wrapped = {id(p) for ddp in _living(DistributedDataParallel) for p in ddp.module.parameters()}
+    # One whose construction failed has no module.
+    parts = (ddp.__dict__.get("_modules", {}) for ddp in _living(DistributedDataParallel))
+    modules = [part["module"] for part in parts if part.get("module") is not None]
+    wrapped = {id(p) for module in modules for p in module.parameters()}
     for p in params:
         owner = "FSDP1" if is_flat_shard(p) else "DistributedDataParallel"
         if owner == "FSDP1" or id(p) in wrapped:
@@ -100,10 +103,10 @@ class Release:
         self._bytes: dict[int, int] = {}
         self._stepped: set[int] = set()
         self._accumulating = self._begun = False
+        self._task = -1  # the backward pass of what waits
 
     def attach(self, params: list[Tensor]) -> None:
         """Hooks into ``params``, which must have final gradients when backward gives them."""
-        _check_final(params)
         this = weakref.ref(self)
 
         def on_gradient(p: Tensor) -> None:
@@ -131,17 +134,21 @@ class Release:
         optimizer = self._optimizer()
         if optimizer is None or self._accumulating or (place := optimizer._place(p)) is None:
             return
-        if id(p) in self._stepped:
+        if id(p) in self._stepped and not self._is_stale():
             raise RuntimeError(
                 "with fused_backward a parameter got a second gradient before step(): run every "
                 "backward pass of a step but the last within `with optimizer.accumulate():`"
             )
         if not self._begun:
             optimizer._make_states()  # of their full size before the first gradient is freed
-            _check_final([q for q, owner in _owners.items() if owner() is self])
+            check_final([q for q, owner in _owners.items() if owner() is self])
             _check_unscaled()
             self._begun = True
         number, index = place
+        task = torch._C._current_graph_task_id()
+        if task not in (-1, self._task):
+            self._forget()
+            self._task = task
         if not self._waiting:
             # What does not fill a bucket steps when backward ends.
             Variable._execution_engine.queue_callback(self.flush)
@@ -152,6 +159,17 @@ class Release:
         self._bytes[number] = self._bytes.get(number, 0) + p.grad.numel() * p.grad.element_size()
         if self._bytes[number] >= BUCKET_BYTES:
             self._flush(number)
+
+    def _is_stale(self) -> bool:
+        """Whether what waits is of a backward pass that ended in an error."""
+        return bool(self._waiting) and torch._C._current_graph_task_id() not in (-1, self._task)
+
+    def _forget(self) -> None:
+        """Let go what an earlier backward pass left waiting."""
+        for waiting in self._waiting.values():
+            self._stepped.difference_update(id(p) for _, p, _ in waiting)
+        self._waiting.clear()
+        self._bytes.clear()
 
     def _flush(self, number: int) -> None:
         waiting = self._waiting.pop(number, [])

@@ -132,6 +132,40 @@ def test_a_failed_group_is_not_left_behind(worlds):
     worlds(2).run(failed_group)
 
 
+def taken_out(rank):
+    """Voters that leave their group, and a group that leaves."""
+    params = [torch.nn.Parameter(torch.zeros(40)) for _ in range(4)]
+    opt = DistributedLion([{"params": params[:3]}, {"params": params[3:]}], **HYPER)
+    for step in range(3):
+        for p in params:
+            p.grad = torch.ones(40)
+        opt.step()
+        if step == 0:
+            del opt.param_groups[0]["params"][2]
+        if step == 1:
+            del opt.param_groups[0]
+    opt.verify_replicas()
+    return [p[0].item() for p in params]
+
+
+def test_voters_may_leave(worlds):
+    assert worlds(2).run(taken_out) == [[-1.0, -1.0, -0.5, -1.5]] * 2
+
+
+def odd_frozen(rank):
+    quantised = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
+    frozen = [torch.full((1,), float(rank)).expand(4), quantised]
+    p = torch.nn.Parameter(torch.zeros(4))
+    opt = DistributedLion([p, *frozen], **HYPER)
+    p.grad = torch.ones(4)
+    opt.step()
+    return p[0].item()
+
+
+def test_frozen_tensors_that_no_message_holds(worlds):
+    assert worlds(2).run(odd_frozen) == [-0.5] * 2
+
+
 # Hashes and messages
 
 

@@ -139,3 +139,46 @@ def test_an_unchanged_model_is_asked_once(monkeypatch):
         opt.param_groups[0]["lr"] = 0.1 / (step + 1)
         opt.step()
     assert len(made) == 1
+
+
+def test_gaps_in_parameter_and_gradient():
+    p = torch.nn.Parameter(torch.zeros(4, 4)[:, :2])
+    opt = Lion([p], lr=0.5)
+    for step in range(3):
+        p.grad = torch.ones(4, 4)[:, :2]
+        opt.step()
+        assert torch.equal(p, torch.full((4, 2), -0.5 * (step + 1)))
+
+
+def test_a_changed_tensor_lr_is_checked_before_anything_is_written():
+    a, b = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt = Lion([{"params": [a]}, {"params": [b]}], lr=0.5)
+    a.grad, b.grad = torch.ones(3), torch.ones(3)
+    opt.step()
+    before, alive = a.detach().clone(), weakref.ref(a.grad)
+    opt.param_groups[1]["lr"] = torch.tensor(0.1, device="meta")
+    with pytest.raises(ValueError, match=r"a tensor lr must be on the CPU.*group 1 has"):
+        opt.step()
+    assert torch.equal(a, before)
+    a.grad = None
+    assert alive() is None  # nothing keeps the gradients of a step that failed
+
+
+def test_who_joins_is_on_the_device_of_the_others():
+    a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, device="meta"))
+    opt = Lion([a, b], lr=0.5)
+    a.grad = torch.ones(3)
+    opt.step()
+    b.grad = torch.ones(3, device="meta")
+    with pytest.raises(ValueError, match="on one device: parameter 1 of group 0 is on meta"):
+        opt.step()
+
+
+def test_a_load_frees_what_it_replaces():
+    p = torch.nn.Parameter(torch.ones(30))
+    opt = Lion([p], lr=0.5)
+    p.grad = torch.ones(30)
+    opt.step()
+    state, alive = copy.deepcopy(opt.state_dict()), weakref.ref(opt.state[p]["exp_avg"])
+    opt.load_state_dict(state)
+    assert alive() is None

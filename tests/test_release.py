@@ -276,3 +276,30 @@ def test_wrappers_that_reduce_are_refused(how, first, when):
         assert world.run(wrapped, how, first) == [(when, True)] * 2
     finally:
         world.close()
+
+
+def test_a_backward_pass_that_failed_is_forgotten():
+    net = model()
+    opt = Lion(net.parameters(), **OPTIONS, fused_backward=True)
+
+    def fail(_):
+        raise ArithmeticError
+
+    handle = net[3].weight.register_post_accumulate_grad_hook(fail)
+    with pytest.raises(ArithmeticError):
+        backward(net, 0)
+    handle.remove()
+    opt.zero_grad()
+    before = [p.detach().clone() for p in net.parameters()]
+    backward(net, 1)
+    opt.step()
+    assert all(not torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+
+
+def test_a_wrapper_that_was_never_built_is_no_wrapper():
+    from torch.nn.parallel import DistributedDataParallel
+
+    with pytest.raises((RuntimeError, ValueError)) as kept:
+        DistributedDataParallel(torch.nn.ReLU())
+    Lion(model().parameters(), **OPTIONS, fused_backward=True)
+    assert kept.value is not None
