@@ -59,14 +59,15 @@ bool is_same(at::TensorList list, const int64_t* at, const int64_t* end) {
   return same && at == end;
 }
 
-// Which gradients are not in the memory layout of their parameters; {-1} where a parameter is not
-// what its numbers in `identity` say, or a gradient does not fit its parameter.
+// Which gradients are not in the memory layout of their parameters, which come first in `params`,
+// before what is kept for them; {-1} where one of those is not what its numbers in `identity` say,
+// or a gradient does not fit its parameter.
 std::vector<int64_t> odd_gradients(const at::Tensor& identity, at::TensorList params,
                                    const OptionalTensors& grads) {
   const int64_t* numbers = identity.const_data_ptr<int64_t>();
   if (!is_same(params, numbers, numbers + identity.numel())) return {-1};
   std::vector<int64_t> odd;
-  for (size_t i = 0; i < params.size(); ++i) {
+  for (size_t i = 0; i < grads.size(); ++i) {
     const std::optional<at::Tensor> g = grads.get(i);
     if (!g.has_value()) continue;
     const at::Tensor& p = params[i];

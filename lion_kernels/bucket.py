@@ -42,12 +42,18 @@ class Bucket:
 
     def write_back(self) -> None:
         """After the ops: what stands for a written tensor shows it; gradients are let go."""
-        self.grads = []
+        self._let_go()
         if self.wrappers:
             torch.autograd.graph.increment_version(self.wrappers)
         for i, p in self.gapped:
             p.copy_(self.params[i])
             self.params[i] = p
+
+    def _let_go(self) -> None:
+        """Of gradients and states: nothing here keeps what their owners replace."""
+        self.grads, self.exp_avgs = [], []
+        self.lows = None if self.lows is None else []
+        self.scales = None if self.scales is None else []
 
     def append(
         self, param: Tensor, state: dict[str, Any], momentum_dtype: torch.dtype | None
@@ -58,8 +64,6 @@ class Bucket:
             self.lows.append(states.compensation(state, param))
         if self.scales is not None:
             self.scales.append(states.scales_of(state))
-        if p is not param:
-            self.wrappers += [param, *(state[key] for key in states.KEYS if key in state)]
         if p.is_complex():
             p, m = torch.view_as_real(p), torch.view_as_real(m)
         if not self.is_double and not is_dense(p):
@@ -83,7 +87,7 @@ class Bucket:
             wrappers=self.wrappers,
             gapped=[(place[i], p) for i, p in self.gapped if i in place],
         )
-        self.grads = []
+        self._let_go()
         return part
 
 
@@ -132,9 +136,8 @@ class Plan:
         for k, (p, s) in enumerate(zip(self._members, self._states, strict=True)):
             (double if k < len(doubles) else rest).append(p, s, settings.momentum_dtype)
         self._buckets = [bucket for bucket in (double, rest) if bucket.params]
-        # Of each key: the states that have it, and what it was.
+        # Of each key: the states that have it.
         self._kept = {key: [s for s in self._states if key in s] for key in states.KEYS}
-        self._was = {key: [s[key] for s in kept] for key, kept in self._kept.items()}
         # Beside pairs of reals, and beside dense stand-ins.
         self._always_odd = [
             i for i, p in enumerate(self._members) if p.is_complex() or not is_dense(local(p))
@@ -142,11 +145,14 @@ class Plan:
         self._grads: list[Tensor | None] = []
         self._odd: list[int] = []
         self._are_sharded = any(map(is_distributed, self._members))
-        self._identity = torch.ops.lion_kernels._identity(self._shards(), [])
+        self._identity = torch.ops.lion_kernels._identity(self._everything(), [])
 
-    def _shards(self) -> list[Tensor]:
-        """The members, of DTensors what lies here."""
-        return [local(p) for p in self._members] if self._are_sharded else self._members
+    def _everything(self) -> list[Tensor]:
+        """The members and what is kept for them, of DTensors what lies here."""
+        found = list(self._members)
+        for key, kept in self._kept.items():
+            found += map(itemgetter(key), kept)
+        return [local(t) for t in found] if self._are_sharded else found
 
     def serves(self, group: dict[str, Any], settings: Settings) -> bool:
         """Whether the buckets are those of the group's present parameters and states, and present
@@ -158,21 +164,18 @@ class Plan:
             or not all(map(is_, params, self._group_params))
         ):
             return False
-        for key, kept in self._kept.items():
-            try:
-                if not all(map(is_, map(itemgetter(key), kept), self._was[key])):
-                    return False
-            except KeyError:
-                return False
         self._grads = [p.grad for p in self._members]
         if self._are_sharded:
             pairs = list(zip(self._grads, self._members, strict=True))
             if any(g is not None and is_distributed(g) != is_distributed(p) for g, p in pairs):
                 return False
             self._grads = [None if g is None else local_like(g, p) for g, p in pairs]
-        self._odd = torch.ops.lion_kernels._odd_gradients(
-            self._identity, self._shards(), self._grads
-        )
+        try:
+            self._odd = torch.ops.lion_kernels._odd_gradients(
+                self._identity, self._everything(), self._grads
+            )
+        except (KeyError, RuntimeError, TypeError):  # what is kept is gone, or is no tensor
+            return False
         return self._odd != [-1]
 
     def buckets(self, may_abstain: bool) -> list[Bucket]:
@@ -184,6 +187,7 @@ class Plan:
         for bucket in self._buckets:
             n = len(bucket.params)
             bucket.grads = self._grads[first : first + n]
+            self._fill(bucket, self._members[first : first + n], self._states[first : first + n])
             for i in {*self._odd, *self._always_odd}:
                 if first <= i < first + n and (g := self._grads[i]) is not None:
                     p = bucket.params[i - first]
@@ -195,3 +199,21 @@ class Plan:
                 found.append(bucket)
         self._grads = []
         return found
+
+    def _fill(self, bucket: Bucket, members: list[Tensor], kept: list[dict[str, Any]]) -> None:
+        """Bring in what is kept, as it is now."""
+        bucket.exp_avgs = list(map(itemgetter("exp_avg"), kept))
+        if self._are_sharded:
+            bucket.exp_avgs = list(map(local, bucket.exp_avgs))
+            bucket.wrappers = [
+                t
+                for p, s, g in zip(members, kept, bucket.grads, strict=True)
+                if g is not None and is_distributed(p)
+                for t in (p, *(s[key] for key in states.KEYS if key in s))
+            ]
+        bucket.exp_avgs = [torch.view_as_real(m) if m.is_complex() else m for m in bucket.exp_avgs]
+        if bucket.lows is not None:
+            pairs = zip(kept, members, strict=True)
+            bucket.lows = [states.compensation(s, p) for s, p in pairs]
+        if bucket.scales is not None:
+            bucket.scales = list(map(states.scales_of, kept))

@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lion_kernels import _ops, double, interchange, release, states
 from lion_kernels.bucket import Bucket, Plan
-from lion_kernels.checks import check_lr, check_members, check_rescale, require_kernels
+from lion_kernels.checks import check_lr, check_members, check_rescale, label, require_kernels
 from lion_kernels.dense import cut_as
 from lion_kernels.loading import Loading
 from lion_kernels.options import (
@@ -340,6 +340,9 @@ class Lion(Optimizer):
     def _make_states(self) -> None:
         for number, group in enumerate(self.param_groups):
             trained = [i for i, p in enumerate(group["params"]) if p.requires_grad]
+            for i in trained:
+                p = group["params"][i]
+                states.check_fits(self.state.get(p, {}), p, label(group, number, i))
             Plan(group, trained, self.state, self._settings_of(number))
 
     @torch.no_grad()

@@ -182,3 +182,42 @@ def test_a_load_frees_what_it_replaces():
     state, alive = copy.deepcopy(opt.state_dict()), weakref.ref(opt.state[p]["exp_avg"])
     opt.load_state_dict(state)
     assert alive() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64])
+def test_states_may_move_in_place(dtype):
+    """`v.data = v.data.to(...)`, as recipes move an optimizer: what is written is the state."""
+    params = [torch.nn.Parameter(torch.ones(30, dtype=dtype)) for _ in range(2)]
+    opts = [Lion([p], lr=1e-4, rounding="compensated") for p in params]
+    for step in range(4):
+        for p, opt in zip(params, opts, strict=True):
+            if step == 2 and opt is opts[0]:
+                for t in opt.state[p].values():
+                    t.data = t.data.clone()
+            p.grad = torch.ones_like(p)
+            opt.step()
+    for key, t in opts[0].state[params[0]].items():
+        other = opts[1].state[params[1]][key]
+        assert torch.equal(*(torch.view_as_real(x) if x.is_complex() else x for x in (t, other)))
+
+
+def test_a_momentum_that_changed_in_place_is_named_before_anything_is_written():
+    a, b = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4, 4))
+    opt = Lion([{"params": [a]}, {"params": [b]}], lr=0.5)
+    a.grad, b.grad = torch.ones(4, 4), torch.ones(4, 4)
+    opt.step()
+    before = a.detach().clone()
+    opt.state[b]["exp_avg"].data = torch.zeros(4)
+    with pytest.raises(ValueError, match="exp_avg of parameter 0 of group 1 must have shape"):
+        opt.step()
+    assert torch.equal(a, before)
+
+
+def test_a_state_that_is_moved_away_is_let_go():
+    p = torch.nn.Parameter(torch.ones(30))
+    opt = Lion([p], lr=0.5)
+    p.grad = torch.ones(30)
+    opt.step()
+    alive = weakref.ref(opt.state[p]["exp_avg"])
+    opt.state[p]["exp_avg"] = opt.state[p]["exp_avg"].clone()
+    assert alive() is None

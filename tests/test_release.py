@@ -303,3 +303,12 @@ def test_a_wrapper_that_was_never_built_is_no_wrapper():
         DistributedDataParallel(torch.nn.ReLU())
     Lion(model().parameters(), **OPTIONS, fused_backward=True)
     assert kept.value is not None
+
+
+def test_a_momentum_of_another_shape_is_refused():
+    p = torch.nn.Parameter(torch.zeros(4, 3))
+    opt = Lion([("head", p)], **OPTIONS, fused_backward=True)
+    opt.state[p]["exp_avg"] = torch.ones(3)  # which would broadcast
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 of group 0 \('head'\) must"):
+        (p * 0).sum().backward()
+    assert not p.any()
