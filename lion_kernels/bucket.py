@@ -144,6 +144,7 @@ class Plan:
         ]
         self._grads: list[Tensor | None] = []
         self._odd: list[int] = []
+        self._are_complex = any(p.is_complex() for p in self._members)
         self._are_sharded = any(map(is_distributed, self._members))
         self._identity = torch.ops.lion_kernels._identity(self._everything(), [])
 
@@ -211,7 +212,10 @@ class Plan:
                 if g is not None and is_distributed(p)
                 for t in (p, *(s[key] for key in states.KEYS if key in s))
             ]
-        bucket.exp_avgs = [torch.view_as_real(m) if m.is_complex() else m for m in bucket.exp_avgs]
+        if self._are_complex:
+            bucket.exp_avgs = [
+                torch.view_as_real(m) if m.is_complex() else m for m in bucket.exp_avgs
+            ]
         if bucket.lows is not None:
             pairs = zip(kept, members, strict=True)
             bucket.lows = [states.compensation(s, p) for s, p in pairs]
