@@ -48,43 +48,39 @@ at::Tensor identity(const OptionalTensors& fixed, const OptionalTensors& grads) 
   return out;
 }
 
-// Whether the numbers of `list`, one tensor after the other, are those from `at` to `end`.
-bool is_same(at::TensorList list, const int64_t* at, const int64_t* end) {
-  bool same = true;
-  for (const at::Tensor& tensor : list) {
-    // The rank says how many numbers follow: read no further than they go.
-    if (!same || end - at < 4 + 2 * tensor.dim() || *at != tensor.dim()) return false;
-    numbers_of(tensor, [&](int64_t number) { same = same && *at++ == number; });
-  }
-  return same && at == end;
-}
-
-// Which gradients are not in the memory layout of their parameters, which come first in `params`,
+// Which gradients are not in the memory layout of their parameters, which come first in `tensors`,
 // before what is kept for them; {-1} where one of those is not what its numbers in `identity` say,
-// or a gradient does not fit its parameter.
-std::vector<int64_t> odd_gradients(const at::Tensor& identity, at::TensorList params,
+// or a gradient does not fit its parameter. All lists are of optional tensors: PyTorch converts
+// parameters to such a list in half the time.
+std::vector<int64_t> odd_gradients(const at::Tensor& identity, const OptionalTensors& tensors,
                                    const OptionalTensors& grads) {
-  const int64_t* numbers = identity.const_data_ptr<int64_t>();
-  if (!is_same(params, numbers, numbers + identity.numel())) return {-1};
+  const int64_t* at = identity.const_data_ptr<int64_t>();
+  const int64_t* end = at + identity.numel();
   std::vector<int64_t> odd;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    const std::optional<at::Tensor> g = grads.get(i);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const std::optional<at::Tensor> t = tensors.get(i);
+    // The rank says how many numbers follow: read no further than they go.
+    if (!t.has_value() || end - at < 4 + 2 * t->dim() || *at != t->dim()) return {-1};
+    bool same = true;
+    numbers_of(*t, [&](int64_t number) { same = same && *at++ == number; });
+    if (!same) return {-1};
+    const std::optional<at::Tensor> g = i < grads.size() ? grads.get(i) : std::nullopt;
     if (!g.has_value()) continue;
-    const at::Tensor& p = params[i];
-    if (g->layout() != at::kStrided || g->scalar_type() != p.scalar_type() ||
-        g->device() != p.device() || g->sizes() != p.sizes() ||
+    if (g->layout() != at::kStrided || g->scalar_type() != t->scalar_type() ||
+        g->device() != t->device() || g->sizes() != t->sizes() ||
         g->key_set().has(c10::DispatchKey::Python))
       return {-1};
-    if (g->strides() != p.strides() || g->is_neg() || g->is_conj())
+    if (g->strides() != t->strides() || g->is_neg() || g->is_conj())
       odd.push_back(static_cast<int64_t>(i));
   }
+  if (at != end) return {-1};
   return odd;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(lion_kernels, m) {
-  m.def("_odd_gradients(Tensor identity, Tensor[] params, Tensor?[] grads) -> int[]");
+  m.def("_odd_gradients(Tensor identity, Tensor?[] tensors, Tensor?[] grads) -> int[]");
   m.def("_identity(Tensor?[] fixed, Tensor?[] grads) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(lion_kernels, CompositeExplicitAutograd, m) {

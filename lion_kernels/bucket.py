@@ -113,7 +113,8 @@ def _empty_buckets(settings: Settings) -> tuple[Bucket, Bucket]:
 
 class Plan:
     """The buckets of parameters of a group, asked once: ``serves`` says in a few C loops whether
-    they still hold."""
+    they still hold. ``may_presume``: or the op notices, which looks at all of its tensors before
+    it writes one."""
 
     def __init__(
         self,
@@ -146,6 +147,10 @@ class Plan:
         self._odd: list[int] = []
         self._are_complex = any(p.is_complex() for p in self._members)
         self._are_sharded = any(map(is_distributed, self._members))
+        # Whether one op sees all that could have changed; cleared when one has refused.
+        self.may_presume = not (
+            len(self._buckets) > 1 or doubles or self._always_odd or self._are_sharded
+        )
         self._identity = torch.ops.lion_kernels._identity(self._everything(), [])
 
     def _everything(self) -> list[Tensor]:
@@ -155,9 +160,9 @@ class Plan:
             found += map(itemgetter(key), kept)
         return [local(t) for t in found] if self._are_sharded else found
 
-    def serves(self, group: dict[str, Any], settings: Settings) -> bool:
+    def serves(self, group: dict[str, Any], settings: Settings, presume: bool) -> bool:
         """Whether the buckets are those of the group's present parameters and states, and present
-        gradients fit them; keeps those for ``buckets``."""
+        gradients fit them; keeps those for ``buckets``. ``presume`` leaves out what an op sees."""
         params = group["params"]
         if (
             self._stored != (settings.momentum_dtype, settings.rounding)
@@ -166,6 +171,9 @@ class Plan:
         ):
             return False
         self._grads = [p.grad for p in self._members]
+        if presume:
+            self._odd = []
+            return True
         if self._are_sharded:
             pairs = list(zip(self._grads, self._members, strict=True))
             if any(g is not None and is_distributed(g) != is_distributed(p) for g, p in pairs):

@@ -225,7 +225,6 @@ class Lion(Optimizer):
     # torch.compiler.disable would import the compiler with this file.
     @torch._disable_dynamo
     def _update(self) -> None:
-        """All checks of all groups, then all states, then the first write."""
         if self._release is not None:
             if getattr(self, "found_inf", None) is not None:
                 raise RuntimeError(
@@ -234,8 +233,27 @@ class Lion(Optimizer):
                 )
             self._release.end_step()
         self._forget_changed_states()
+        # A group that is the only one is asked by the op alone: no other is written before it.
+        only = self._plans.get(0) if len(self.param_groups) == 1 and not self._votes else None
         try:
-            plans = [self._plan(number) for number in range(len(self.param_groups))]
+            scaling = self._step_groups(presume=only is not None and only.may_presume)
+        except (KeyError, NotImplementedError, TypeError, ValueError):
+            if only is None or not only.may_presume:
+                raise
+            only.may_presume = False
+            scaling = self._step_groups(presume=False)
+        if scaling.grad_scale is not None:
+            scaling.unscale([p for group in self.param_groups for p in group["params"]])
+        for group in self.param_groups if self._release is not None else ():
+            if "step" in group:
+                group["step"] += 1
+        self._after_step()
+
+    def _step_groups(self, presume: bool) -> Scaling:
+        """All checks of all groups, then all states, then the first write; returns what GradScaler
+        found. ``presume``: that the plans still hold."""
+        try:
+            plans = [self._plan(number, presume) for number in range(len(self.param_groups))]
         except BaseException:
             self._plans.clear()  # which hold gradients from here to the end of the step
             raise
@@ -245,12 +263,7 @@ class Lion(Optimizer):
         scaling = self._agreed(Scaling.of(self, device))
         for number, (settings, buckets) in enumerate(plans):
             self._step_group(number, buckets, settings, scaling)
-        if scaling.grad_scale is not None:
-            scaling.unscale([p for group in self.param_groups for p in group["params"]])
-        for group in self.param_groups if self._release is not None else ():
-            if "step" in group:
-                group["step"] += 1
-        self._after_step()
+        return scaling
 
     def _forget_changed_states(self) -> None:
         """Plans hold while every parameter's state is the one that they were made with."""
@@ -271,12 +284,12 @@ class Lion(Optimizer):
                 self._settings[number] = (list(map(group.get, SETTINGS)), settings)
         return settings
 
-    def _plan(self, number: int) -> tuple[Settings, list[Bucket]]:
+    def _plan(self, number: int, presume: bool) -> tuple[Settings, list[Bucket]]:
         """The group's options and buckets; raises where an option, a parameter, a gradient or a
         state is not as it must be. Who joins is asked; who was asked and lacks a gradient stays."""
         group, settings = self.param_groups[number], self._settings_of(number)
         plan = self._plans.get(number)
-        serves = plan is not None and plan.serves(group, settings)
+        serves = plan is not None and plan.serves(group, settings, presume)
         others = plan.others if plan is not None and serves else range(len(group["params"]))
         if plan is None or not serves or any(self._is_member(group["params"][i]) for i in others):
             joining = self._members(number, group)

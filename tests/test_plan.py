@@ -7,21 +7,22 @@ import weakref
 import pytest
 import torch
 
-from common import bits_equal, generator
+from common import Dispatched, bits_equal, generator
 from lion_kernels import Lion, bucket
 
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.3}
 
 
-def tensors():
+def tensors(plain=False):
+    """With ``plain``, one bucket without stand-ins, of which the op alone is asked."""
     gen = generator(0)
     image = torch.randn(4, 6, 5, 3, generator=gen)
     return [
         torch.randn(40, 30, generator=gen),
         image.contiguous(memory_format=torch.channels_last),
-        torch.randn(7, generator=gen, dtype=torch.float64),
+        torch.randn(7, generator=gen, dtype=torch.float32 if plain else torch.float64),
         torch.randn(20, generator=gen).bfloat16(),
-        torch.view_as_complex(torch.randn(9, 2, generator=gen)),
+        *([] if plain else [torch.view_as_complex(torch.randn(9, 2, generator=gen))]),
     ]
 
 
@@ -55,7 +56,7 @@ def event(name, opt, params):
     elif name == "momentum replaced":
         opt.state[params[0]]["exp_avg"] = torch.ones(40, 30)
     elif name == "momentum deleted":
-        del opt.state[params[3]]["exp_avg"]
+        opt.state[params[3]].pop("exp_avg", None)
     elif name == "new weights":
         params[0].data = params[0].data * 2
     elif name == "another format":
@@ -80,8 +81,9 @@ EVENTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("stride", range(1, 6))
-def test_a_plan_is_no_memory(stride):
+def test_a_plan_is_no_memory(stride, plain):
     """Every event, one after the other in several orders."""
     order = [EVENTS[i * stride % len(EVENTS)] for i in range(len(EVENTS))]
     if order.index("betas in place") > order.index("betas in place again"):
@@ -90,7 +92,7 @@ def test_a_plan_is_no_memory(stride):
         order.remove("tensor lr written")
     runs = []
     for keeps in (True, False):
-        params = [torch.nn.Parameter(t.clone()) for t in tensors()]
+        params = [torch.nn.Parameter(t.clone()) for t in tensors(plain)]
         opt = Lion(params, **OPTIONS)
         for step, name in enumerate(order):
             event(name, opt, params)
@@ -139,6 +141,39 @@ def test_an_unchanged_model_is_asked_once(monkeypatch):
         opt.param_groups[0]["lr"] = 0.1 / (step + 1)
         opt.step()
     assert len(made) == 1
+
+
+def test_a_single_group_is_asked_by_the_op_alone_until_it_refuses():
+    """An op looks at its tensors before it writes; asking first is for groups that wait behind."""
+    p, q = torch.nn.Parameter(torch.zeros(4, 6)), torch.nn.Parameter(torch.zeros(3))
+    alone, beside = Lion([p], lr=0.5), Lion([{"params": [p]}, {"params": [q]}], lr=0.5)
+    q.grad = torch.ones(3)
+    counts = []
+    for opt in (alone, beside):
+        for g in (torch.ones(4, 6), torch.ones(4, 6), torch.ones(6, 4).T, torch.ones(4, 6)):
+            p.grad = g
+            with Dispatched() as seen:
+                opt.step()
+            counts.append(seen.names.count("lion_kernels::_odd_gradients"))
+    assert counts == [0, 0, 1, 1, 0, 2, 2, 2]
+    assert torch.equal(p, torch.full((4, 6), -4.0))  # each step once, also the refused one
+
+
+def test_a_refused_step_of_a_single_group_writes_nothing():
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    opt = Lion([p], lr=0.5)
+    for _ in range(2):
+        p.grad = torch.ones(4, 4)
+        opt.step()
+    before, state = p.detach().clone(), opt.state[p]
+    state["exp_avg"].data = torch.zeros(4)
+    with pytest.raises(ValueError, match="exp_avg of parameter 0 of group 0 must have shape"):
+        opt.step()
+    del state["exp_avg"]
+    p.grad = torch.ones(4, 4).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+    assert torch.equal(p, before)
 
 
 def test_gaps_in_parameter_and_gradient():
