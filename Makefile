@@ -17,7 +17,9 @@ else
   ENV := .venv/.installed
 endif
 
-SOURCES := setup.py lion_kernels/_version.py $(wildcard csrc/*)
+SOURCES := setup.py lion_kernels/_version.py $(shell find csrc -type f)
+# What clang-format keeps.
+NATIVE := $(shell find csrc bench tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 BUILT := build/.built
 
 .PHONY: help train test lint format bench mutants codegen gpu-check clean built
@@ -44,12 +46,12 @@ lint: $(ENV)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
-	@$(RUN) -c "import clang_format; clang_format.clang_format()" --dry-run --Werror csrc/*.cpp csrc/*.cu csrc/*.h bench/*.cpp tests/*.cpp tests/*.h
+	@$(RUN) -c "import clang_format; clang_format.clang_format()" --dry-run --Werror $(NATIVE)
 
 format: $(ENV)
 	@$(RUN) -m ruff check --fix . || true
 	@$(RUN) -m ruff format .
-	@$(RUN) -c "import clang_format; clang_format.clang_format()" -i csrc/*.cpp csrc/*.cu csrc/*.h bench/*.cpp tests/*.cpp tests/*.h
+	@$(RUN) -c "import clang_format; clang_format.clang_format()" -i $(NATIVE)
 
 bench: built
 	@PYTHONPATH=. $(RUN) bench/cpu.py $(ARGS)

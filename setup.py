@@ -54,8 +54,8 @@ def sources() -> tuple[list[str], list[str]]:
     wanted = os.environ.get("LION_KERNELS_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"LION_KERNELS_CUDA must be 0 or 1, got {wanted!r}")
-    cuda = sorted([*CSRC.glob("*.cu"), *CSRC.glob("*_cuda.cpp")])
-    cpp = sorted(set(CSRC.glob("*.cpp")) - set(cuda))
+    cuda = sorted([*CSRC.rglob("*.cu"), *CSRC.rglob("*_cuda.cpp")])
+    cpp = sorted(set(CSRC.rglob("*.cpp")) - set(cuda))
     home = Path(cpp_extension.CUDA_HOME or "none")
     possible = torch.version.cuda and (home / "include" / "cuda_runtime.h").is_file()
     if wanted == "1" and not possible:
@@ -83,7 +83,7 @@ setup(
         Extension(
             "lion_kernels._C",
             cpp + cu,
-            depends=sorted(str(path) for path in CSRC.glob("*.h")),
+            depends=sorted(str(path) for path in CSRC.rglob("*.h")),
             define_macros=[
                 ("LION_KERNELS_VERSION", f'"{VERSION}"'),
                 ("LION_KERNELS_CUDA_ARCHS", f'"{archs}"'),
