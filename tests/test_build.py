@@ -26,7 +26,8 @@ def script(path, *lines):
 
 def home_found(nvcc, **more):
     """CUDA_HOME as setup.py leaves it, where this nvcc is the one on PATH."""
-    env = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH")}
+    said = ("CUDA_HOME", "CUDA_PATH", "LION_KERNELS_CUDA")
+    env = {k: v for k, v in os.environ.items() if k not in said}
     env |= {"PATH": f"{nvcc.parent}{os.pathsep}{env['PATH']}"} | more
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
