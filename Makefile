@@ -1,6 +1,6 @@
 # Two commands do everything, set-up included:  make train   make test
 #
-#   make train | test | lint | bench | mutants | codegen | gpu-check | clean
+#   make train | test | lint | bench | mutants | codegen | gpu-check | docs | clean
 #   make PY=python3 test     that interpreter as it is: installs nothing, works offline
 #   make gpu-check OUT=DIR   all that it finds is in DIR, also when it fails or is killed
 #
@@ -22,7 +22,7 @@ SOURCES := setup.py lion_kernels/_version.py $(shell find csrc -type f)
 NATIVE := $(shell find csrc bench tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 BUILT := build/.built
 
-.PHONY: help train test lint format bench mutants codegen gpu-check clean built
+.PHONY: help train test lint format bench mutants codegen gpu-check docs clean built
 .DELETE_ON_ERROR:
 
 # The library in the tree belongs to one interpreter: another one builds its own.
@@ -67,6 +67,10 @@ gpu-check:
 	@$(MAKE) --no-print-directory -s built || \
 	  { $(if $(OUT),mkdir -p $(OUT); cp build/log $(OUT)/build.log;) exit 1; }
 	@PYTHONPATH=. $(RUN) bench/gpu_check.py $(if $(OUT),--out $(OUT)) $(ARGS)
+
+# The pages of docs/ that come from code.
+docs: built
+	@PYTHONPATH=. $(RUN) tools/docs.py
 
 # Breaks a copy of the library on purpose, again and again; every break must fail a test.
 mutants: built

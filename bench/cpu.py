@@ -21,8 +21,9 @@ from torch import Tensor
 import lion_kernels
 import timing
 from lion_kernels import reference
-from lion_kernels.exchange import Buffers
-from lion_kernels.layout import MOMENTUM_BLOCK, BallotLayout, words_of
+from lion_kernels.layout import MOMENTUM_BLOCK, words_of
+from lion_kernels.vote.buffers import Buffers
+from lion_kernels.vote.poll import Poll
 from timing import Case, Result
 
 OPS = torch.ops.lion_kernels
@@ -94,16 +95,18 @@ def check_elementwise(dtype: torch.dtype) -> list[str]:
 def check_counts(ops: object = OPS) -> list[str]:
     """Names of the counting ops that are wrong on ballots of a ragged length."""
     wrong = []
-    for n, planes in ((1, 1), (4, 1), (8, 1), (8, 2), (11, 2), (64, 1)):
-        ballots, scale = random_ballots(n, planes, 1_003), n * planes
-        name = f"{n} ballots of {planes} plane"
-        out = random_words(scale.bit_length(), 1_003)
-        if differs("tally", [ballots, out, scale], [out], ops):
-            wrong.append(f"tally, {name}")
-        for verdict_planes in (1, 2) if scale % 2 == 0 else (1,):
-            out = random_words(verdict_planes, 1_003)
-            if differs("elect", [ballots, out, scale, 5, 0, STEP], [out], ops):
-                wrong.append(f"elect to {verdict_planes}, {name}")
+    for n, kind in (
+        (1, "binary"), (4, "binary"), (8, "binary"), (8, "ternary"), (11, "ternary"), (64, "binary")
+    ):  # fmt: skip
+        poll = Poll(n, ballots=kind)
+        ballots = random_ballots(n, poll.ballot_planes, 1_003)
+        out = random_words(poll.tally_planes, 1_003)
+        if differs("tally", [ballots, out, poll.scale], [out], ops):
+            wrong.append(f"tally, {n} {kind} ballots")
+        for planes in {1, poll.verdict_planes}:
+            out = random_words(planes, 1_003)
+            if differs("elect", [ballots, out, poll.scale, 5, 0, STEP], [out], ops):
+                wrong.append(f"elect to {planes}, {n} {kind} ballots")
     return wrong
 
 
@@ -270,15 +273,15 @@ def options_section(how: timing.How, quick: bool) -> list[Result]:
 # Section tally.
 
 
-def count_cases(plain: ctypes.CDLL, n: int, planes: int, words: int) -> list[Case]:
-    """tally and elect of n ballots after a copy that reads and writes as many bytes as tally."""
-    ballots, scale = random_ballots(n, planes, words), n * planes
-    tally, verdict = random_words(scale.bit_length(), words), random_words(2, words)
+def count_cases(plain: ctypes.CDLL, poll: Poll, words: int) -> list[Case]:
+    """tally and elect of ballots after a copy that reads and writes as many bytes as tally."""
+    ballots = random_ballots(poll.voters, poll.ballot_planes, words)
+    tally, verdict = random_words(poll.tally_planes, words), random_words(2, words)
     coin = random_words(1, words)
     total = ballots.nbytes + tally.nbytes
     scratch = random_words(total // 8)
     args = (ctypes.c_void_p(ballots.data_ptr()), ctypes.c_void_p(scratch.data_ptr()))
-    kind = f"N={n} {'binary' if planes == 1 else 'ternary'}"
+    kind = f"N={poll.voters} {poll.ballots}"
     if words & (words - 1) == 0:
         kind += f", stride 2^{words.bit_length() - 1} words"
     copy = f"plain copy, {kind}"
@@ -292,8 +295,8 @@ def count_cases(plain: ctypes.CDLL, n: int, planes: int, words: int) -> list[Cas
         ("elect", OPS.elect, verdict, (0, 0, STEP)),
         ("elect with coins", OPS.elect, coin, (0, 0, STEP)),
     ):
-        call = partial(op, ballots, out, scale, *rest)
-        n_bytes, target = ballots.nbytes + out.nbytes, 0.7 if n == 8 else None
+        call = partial(op, ballots, out, poll.scale, *rest)
+        n_bytes, target = ballots.nbytes + out.nbytes, 0.7 if poll.voters == 8 else None
         cases.append(Case(f"{name}, {kind}", call, n_bytes, copy, target))
     return cases
 
@@ -302,14 +305,14 @@ def tally_section(how: timing.How, quick: bool) -> list[Result]:
     plain, results = timing.load_ceiling(), []
     shrink = 64 if quick else 1
     print(f"\ntally: {128 // shrink} MB of ballots")
-    for n, planes, words in (
-        (8, 1, 4_000_000),
-        (8, 1, 2**22),
-        (8, 2, 2_000_000),
-        (64, 1, 500_000),
-        (64, 1, 2**19),
+    for n, kind, words in (
+        (8, "binary", 4_000_000),
+        (8, "binary", 2**22),
+        (8, "ternary", 2_000_000),
+        (64, "binary", 500_000),
+        (64, "binary", 2**19),
     ):
-        cases = count_cases(plain, n, planes, words // shrink // 4 * 4)
+        cases = count_cases(plain, Poll(n, ballots=kind), words // shrink // 4 * 4)
         results += timing.measure(cases, how, "tally", timing.rate_ratio)
     print(timing.table(results, "of copy"))
     print("bytes: ballots read plus planes written; the copy counts what it reads and writes")
@@ -324,10 +327,10 @@ def memory_section() -> list[dict[str, object]]:
     numels = tuple(torch.Size(shape).numel() for shape in gpt2_shapes())
     rows = []
     for world_size in (4, 8):
-        for ties, verdict_planes in (("zero", 2), ("coin", 1)):
-            layout = BallotLayout(numels, planes=1, shards=world_size)
+        for ties in ("zero", "coin"):
             # On the meta device the storages have a size and no memory.
-            buffers = Buffers.allocate(layout, verdict_planes, world_size, torch.device("meta"))
+            poll = Poll(world_size, ties=ties)
+            buffers = Buffers.allocate(numels, poll, True, torch.device("meta"))
             tensors = (t for t in vars(buffers).values() if isinstance(t, Tensor))
             storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}
             per_parameter = sum(storages.values()) / sum(numels)

@@ -29,6 +29,7 @@ import peers
 import timing
 import workload
 from cpu import FUSED, SETTINGS, gpt2_shapes, random_ballots, random_words
+from lion_kernels.vote.poll import Poll
 from peers import KINDS, OURS, parameters
 from timing import Case, Report, Result
 from workload import PLAIN, Workload, cold, in_turn, name_of
@@ -175,21 +176,21 @@ def ops_section(bench: Bench, report: Report) -> None:
 
 def tally_section(bench: Bench, report: Report) -> None:
     title = f"{bench.ballot_bytes / 1e6:.3g} MB of ballots; bytes: ballots read, planes written"
-    for n, planes in ((8, 1), (64, 1), (2, 1), (8, 2)):
-        words = bench.ballot_bytes // (4 * n * planes) // 4 * 4
-        ballots = random_ballots(n, planes, words, bench.device)
-        scale = n * planes
-        tally = random_words(scale.bit_length(), words, device=bench.device)
+    for n, kind in ((8, "binary"), (64, "binary"), (2, "binary"), (8, "ternary")):
+        poll = Poll(n, ballots=kind)
+        words = bench.ballot_bytes // (4 * n * poll.ballot_planes) // 4 * 4
+        ballots = random_ballots(n, poll.ballot_planes, words, bench.device)
+        tally = random_words(poll.tally_planes, words, device=bench.device)
         verdict = random_words(2, words, device=bench.device)
         step = torch.zeros(1, dtype=torch.int64, device=bench.device)
         target = 0.92 if n >= 8 else None
-        counted = partial(bench.ops.tally, ballots, tally, scale)
-        elected = partial(bench.ops.elect, ballots, verdict, scale, 0, 0, step)
+        counted = partial(bench.ops.tally, ballots, tally, poll.scale)
+        elected = partial(bench.ops.elect, ballots, verdict, poll.scale, 0, 0, step)
         cases = [
             (Case("tally", counted, target=target), ballots.nbytes, tally.nbytes),
             (Case("elect", elected, target=target), ballots.nbytes, verdict.nbytes),
         ]
-        results = shares(bench, f"N={n} {'binary' if planes == 1 else 'ternary'}", cases)
+        results = shares(bench, f"N={n} {kind}", cases)
         add(report, "tally", title, results, "of ceiling", bench)
 
 

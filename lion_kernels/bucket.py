@@ -204,7 +204,8 @@ class Plan:
             first += n
             bucket = bucket if may_abstain else bucket.with_gradients()
             if bucket.params:
-                bucket.begin()
+                if bucket.gapped:
+                    bucket.begin()
                 found.append(bucket)
         self._grads = []
         return found

@@ -89,12 +89,9 @@ def check_storage(group: dict[str, Any], number: int, index: int) -> None:
         )
 
 
-def check_rescale(group: dict[str, Any], number: int, cautious: bool | str, votes: bool) -> None:
-    if cautious != "rescaled":
-        return
-    if votes:
-        raise ValueError('cautious="rescaled" changes the size of updates: votes have none')
-    for i, p in enumerate(group["params"]):
+def check_rescale(group: dict[str, Any], number: int, cautious: bool | str) -> None:
+    """Raise ValueError where a rescaled update would have to count a part of a tensor."""
+    for i, p in enumerate(group["params"] if cautious == "rescaled" else ()):
         if is_distributed(p):
             raise ValueError(
                 f'cautious="rescaled" counts whole tensors: {label(group, number, i)} is a DTensor'
@@ -140,13 +137,17 @@ def check_members(
     state: dict[Tensor, Any],
     device: torch.device,
     who: str,
+    is_whole: bool,
 ) -> None:
     """Every rule of the parameters that a step of the group will move on ``device``, and of what is
-    kept for them; ``who``: the optimizer's name."""
+    kept for them; ``who``: the optimizer's name; ``is_whole``: whether every rank must have all of
+    them."""
     params = group["params"]
     for i in indices:
         check_parameter(group, number, i, device)
         check_storage(group, number, i)
+        if is_whole:
+            check_voter(group, number, i)
         if params[i].grad is not None:
             check_gradient(group, number, i, who)
         if params[i] in state:

@@ -4,30 +4,35 @@ Owns what both optimizers share: gradients brought into the parameters' memory l
 loading and saving. Imports no kernel; calls torch.ops.lion_kernels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lion_kernels import _ops, double, interchange, release, states
+from lion_kernels import _ops, interchange, release, states
+from lion_kernels.alone import Alone
 from lion_kernels.bucket import Bucket, Plan
 from lion_kernels.checks import check_lr, check_members, check_rescale, label, require_kernels
 from lion_kernels.dense import cut_as
 from lion_kernels.loading import Loading
 from lion_kernels.options import (
+    GROUP_OPTIONS,
+    LION,
     SETTINGS,
     Settings,
     can_change_unseen,
-    check_choice,
-    check_integer,
     check_options,
+    checked,
     settings_of,
 )
 from lion_kernels.scaling import Scaling, is_asked_by_a_scaler
+
+if TYPE_CHECKING:
+    from lion_kernels.vote.election import Electorate
 
 # Bits of stochastic rounding that differ from bucket to bucket of one step: the golden ratio's.
 _BUCKET_SEED = 0x1E3779B97F4A7C15
@@ -103,8 +108,6 @@ class Lion(Optimizer):
             triton; fused_backward where gradients are not final.
     """
 
-    _votes = False
-
     def __init__(
         self,
         params: ParamsT,
@@ -122,31 +125,32 @@ class Lion(Optimizer):
         fused_backward: bool = False,
         seed: int = 0,
     ) -> None:
+        self._construct(
+            LION, params, Alone(), lr=lr, betas=betas, weight_decay=weight_decay,
+            maximize=maximize, momentum_dtype=momentum_dtype, rounding=rounding,
+            nonfinite=nonfinite, independent_weight_decay=independent_weight_decay,
+            cautious=cautious, cautious_weight_decay=cautious_weight_decay,
+            fused_backward=fused_backward, seed=seed,
+        )  # fmt: skip
+
+    def _construct(
+        self, kind: str, params: ParamsT, mover: "Alone | Electorate", **given: Any
+    ) -> None:
+        """An optimizer with the options of ``kind`` (options.py), whose buckets ``mover`` moves."""
         _ops.require_native()
-        self.seed = check_integer("seed", seed, "in [0, 2**63)", below=2**63)
-        check_choice("fused_backward", fused_backward, (False, True))
-        self._release = None
-        if fused_backward:
-            self._release = release.Release(self)
+        options = checked(kind, given)
+        self._kind, self._mover = kind, mover
+        self.seed: int = options["seed"]
+        self._release = release.Release(self) if options.get("fused_backward") else None
         self._places: dict[Tensor, tuple[int, int]] = {}  # group and index, fused_backward only
         # Of each group: what was read and asked, and still holds.
         self._settings: dict[int, tuple[list[Any], Settings]] = {}
         self._plans: dict[int, Plan] = {}
         self._known_states: list[Any] = []
         self._nonfinite: dict[torch.device, Tensor] = {}
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "momentum_dtype": momentum_dtype,
-            "rounding": rounding,
-            "nonfinite": nonfinite,
-            "independent_weight_decay": independent_weight_decay,
-            "cautious": cautious,
-            "cautious_weight_decay": cautious_weight_decay,
-        }
-        check_options(defaults)
+        of_groups = GROUP_OPTIONS[kind].items()
+        defaults = {name: options.get(name, option.default) for name, option in of_groups}
+        check_options(defaults, kind)
         defaults.pop("reference_lr", None)  # each group's own
         super().__init__(params, defaults)
 
@@ -158,7 +162,7 @@ class Lion(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._release is not None:
             raise TypeError("Lion with fused_backward has hooks in its parameters, and no copies")
-        ours = ("seed", "_nonfinite", "_release", "_places")
+        ours = ("seed", "_kind", "_mover", "_nonfinite", "_release", "_places")
         kept = {key: getattr(self, key) for key in ours}
         asked: dict[str, Any] = {"_settings": {}, "_plans": {}, "_known_states": []}
         return {**super().__getstate__(), **kept, **asked}
@@ -169,9 +173,9 @@ class Lion(Optimizer):
         try:
             super().add_param_group(param_group)
             group, params = self.param_groups[-1], self.param_groups[-1]["params"]
-            check_options(group)
-            check_rescale(group, before, group["cautious"], self._votes)
-            require_kernels(group, vote=self._votes)
+            check_options(group, self._kind)
+            check_rescale(group, before, group["cautious"])
+            require_kernels(group, vote=self._mover.votes)
             if group["rounding"] == "stochastic":
                 states.step_counter(group, torch.device("cpu"))
             if self._release is not None:
@@ -232,38 +236,66 @@ class Lion(Optimizer):
                     "gradients: use one or the other"
                 )
             self._release.end_step()
+        self._mover.drive(self._work())
+
+    def _work(self) -> Iterator[Any]:
+        """A step, which stops where its mover waits for something."""
         self._forget_changed_states()
         # A group that is the only one is asked by the op alone: no other is written before it.
-        only = self._plans.get(0) if len(self.param_groups) == 1 and not self._votes else None
+        is_asked = len(self.param_groups) > 1 or self._mover.votes
+        only = None if is_asked else self._plans.get(0)
         try:
-            scaling = self._step_groups(presume=only is not None and only.may_presume)
+            scaling = yield from self._step_groups(only is not None and only.may_presume)
         except (KeyError, NotImplementedError, TypeError, ValueError):
             if only is None or not only.may_presume:
                 raise
             only.may_presume = False
-            scaling = self._step_groups(presume=False)
+            scaling = yield from self._step_groups(presume=False)
         if scaling.grad_scale is not None:
             scaling.unscale([p for group in self.param_groups for p in group["params"]])
         for group in self.param_groups if self._release is not None else ():
             if "step" in group:
                 group["step"] += 1
-        self._after_step()
 
-    def _step_groups(self, presume: bool) -> Scaling:
+    def _step_groups(self, presume: bool) -> Generator[Any, None, Scaling]:
         """All checks of all groups, then all states, then the first write; returns what GradScaler
         found. ``presume``: that the plans still hold."""
+        plans, device = [], torch.device("cpu")
         try:
-            plans = [self._plan(number, presume) for number in range(len(self.param_groups))]
+            for number in range(len(self.param_groups)):
+                settings, buckets = yield from self._plan(number, presume)
+                plans.append((settings, buckets))
+                device = buckets[0].device if buckets and device.type == "cpu" else device
         except BaseException:
             self._plans.clear()  # which hold gradients from here to the end of the step
             raise
         self._known_states = list(self.state.values())
-        first = next((b for _, buckets in plans for b in buckets), None)
-        device = torch.device("cpu") if first is None else first.device
-        scaling = self._agreed(Scaling.of(self, device))
+        scaling = Scaling.of(self, device)
+        if scaling.found_inf is not None:
+            scaling = yield from self._mover.agreed(scaling)
         for number, (settings, buckets) in enumerate(plans):
-            self._step_group(number, buckets, settings, scaling)
+            yield from self._move(number, buckets, settings, scaling, self.seed)
         return scaling
+
+    def _move(
+        self,
+        number: int,
+        buckets: list[Bucket],
+        settings: Settings,
+        scaling: Scaling,
+        seed: int,
+    ) -> Iterator[Any]:
+        """Step buckets of a group."""
+        group = self.param_groups[number]
+        for bucket in buckets:
+            step = states.step_counter(group, bucket.device) if "step" in group else None
+            # It advances once a step, which a bucket that is released does not end.
+            if step is not None and (self._release is not None or bucket is not buckets[-1]):
+                step = step.clone()
+            nonfinite = self._counter(bucket.device) if settings.skips else None
+            there = scaling.to(bucket.device)
+            yield from self._mover.move(number, bucket, settings, there, seed, step, nonfinite)
+            bucket.write_back()
 
     def _forget_changed_states(self) -> None:
         """Plans hold while every parameter's state is the one that they were made with."""
@@ -277,37 +309,33 @@ class Lion(Optimizer):
         now = list(map(group.get, SETTINGS))
         before, settings = self._settings.get(number, (None, None))
         if settings is None or before is None or not all(map(is_, now, before)):
-            settings = settings_of(group)
-            check_rescale(group, number, group["cautious"], self._votes)
+            settings = settings_of(group, self._kind)
+            check_rescale(group, number, group["cautious"])
             self._settings.pop(number, None)
             if not can_change_unseen(group):
                 self._settings[number] = (list(map(group.get, SETTINGS)), settings)
         return settings
 
-    def _plan(self, number: int, presume: bool) -> tuple[Settings, list[Bucket]]:
+    def _plan(
+        self, number: int, presume: bool
+    ) -> Generator[Any, None, tuple[Settings, list[Bucket]]]:
         """The group's options and buckets; raises where an option, a parameter, a gradient or a
         state is not as it must be. Who joins is asked; who was asked and lacks a gradient stays."""
-        group, settings = self.param_groups[number], self._settings_of(number)
-        plan = self._plans.get(number)
-        serves = plan is not None and plan.serves(group, settings, presume)
-        others = plan.others if plan is not None and serves else range(len(group["params"]))
-        if plan is None or not serves or any(self._is_member(group["params"][i]) for i in others):
-            joining = self._members(number, group)
-            known = plan.indices if plan is not None and serves else []
+        group, settings, mover = self.param_groups[number], self._settings_of(number), self._mover
+        params, plan = group["params"], self._plans.get(number)
+        if plan is not None and not plan.serves(group, settings, presume):
+            plan = None
+        others = range(len(params)) if plan is None else plan.others
+        mine = [i for i in others if mover.is_member(params[i])]
+        if plan is None or mine:
+            known = [] if plan is None else plan.indices
+            joining = yield from mover.members(number, params, sorted({*known, *mine}))
             self._check(number, sorted(set(joining).difference(known)), [*known, *joining])
             plan = Plan(group, sorted({*joining, *known}), self.state, settings)
             self._plans[number] = plan
-        if plan.indices:
-            check_lr(group, number, group["params"][plan.indices[0]].device)
-        return settings, plan.buckets(may_abstain=self._votes)
-
-    def _is_member(self, p: Tensor) -> bool:
-        """Whether a step has to do with a parameter: whether it has a gradient."""
-        return p.grad is not None
-
-    def _members(self, number: int, group: dict[str, Any]) -> list[int]:
-        """The indices of the parameters that a step has to do with."""
-        return [i for i, p in enumerate(group["params"]) if self._is_member(p)]
+        if plan.indices and isinstance(group["lr"], Tensor):
+            check_lr(group, number, params[plan.indices[0]].device)
+        return settings, plan.buckets(may_abstain=mover.votes)
 
     def _check(self, number: int, indices: list[int], beside: list[int]) -> None:
         """Check parameters of a group, which are on the device of those ``beside`` them."""
@@ -315,27 +343,9 @@ class Lion(Optimizer):
             group = self.param_groups[number]
             device = group["params"][beside[0]].device
             check_lr(group, number, device)
-            check_members(group, number, indices, self.state, device, type(self).__name__)
-
-    def _agreed(self, scaling: Scaling) -> Scaling:
-        """Whether to skip this step: what GradScaler found in the gradients, on any rank."""
-        return scaling
-
-    def _after_step(self) -> None:
-        """What a subclass does at the end of a step. It must not override step itself: torch wraps
-        step once a class, and hooks would run once for each wrapped one."""
-
-    def _step_group(
-        self, number: int, buckets: list[Bucket], settings: Settings, scaling: Scaling
-    ) -> None:
-        group = self.param_groups[number]
-        for bucket in buckets:
-            step = None
-            if "step" in group:
-                step = states.step_counter(group, bucket.device)
-                # Of a released step, the counter advances once, at its end.
-                step = step if self._release is None else step.clone()
-            self._step_bucket(bucket, settings, scaling, self.seed, step)
+            check_members(
+                group, number, indices, self.state, device, self._kind, self._mover.is_whole
+            )
 
     def _place(self, p: Tensor) -> tuple[int, int] | None:
         """The group and the index of a parameter; None where it was taken out."""
@@ -365,52 +375,14 @@ class Lion(Optimizer):
         group, settings = self.param_groups[number], self._settings_of(number)
         self._check(number, indices, indices)
         seed = (self.seed + _BUCKET_SEED * (1 + indices[0])) % 2**63
-        for bucket in Plan(group, indices, self.state, settings).buckets(may_abstain=False):
-            step = None
-            if "step" in group:
-                step = states.step_counter(group, bucket.device).clone()
-            self._step_bucket(bucket, settings, Scaling(), seed, step)
-
-    def _step_bucket(
-        self,
-        bucket: Bucket,
-        settings: Settings,
-        scaling: Scaling,
-        seed: int,
-        step: Tensor | None,
-    ) -> None:
-        scaling = scaling.to(bucket.device)
-        nonfinite = self._counter(bucket.device) if settings.skips else None
-        if bucket.is_double:
-            double.step(bucket, settings, scaling, nonfinite)
-        else:
-            torch.ops.lion_kernels.lion_step(
-                bucket.params,
-                bucket.grads,
-                bucket.exp_avgs,
-                settings.lr,
-                *settings.betas,
-                settings.weight_decay,
-                settings.maximize,
-                nonfinite,
-                scaling.grad_scale,
-                scaling.found_inf,
-                settings.rounding,
-                bucket.lows,
-                seed,
-                step,
-                settings.cautious,
-                settings.cautious_decay,
-                bucket.scales,
-                _agreeing(bucket, settings, scaling) if settings.rescales else None,
-            )
-        bucket.write_back()
+        buckets = Plan(group, indices, self.state, settings).buckets(may_abstain=False)
+        self._mover.drive(self._move(number, buckets, settings, Scaling(), seed))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of another Lion: lion-pytorch's, google's, timm's, optimi's
         and bitsandbytes', 8-bit too. Options that the state lacks keep their present values;
         momenta take this optimizer's momentum dtype and their parameters' memory layout."""
-        loading = Loading(self, self._votes)
+        loading = Loading(self, self._kind)
         # Behind the hooks that users registered to change the state, before those that look at it.
         handles = [
             self.register_load_state_dict_pre_hook(loading.read),
@@ -429,13 +401,3 @@ class Lion(Optimizer):
         "bitsandbytes" or "bitsandbytes-8bit". Momenta are float32 copies, of every momentum dtype
         and memory format; options are those that the library has."""
         return interchange.exported(self, library)
-
-
-def _agreeing(bucket: Bucket, settings: Settings, scaling: Scaling) -> Tensor:
-    """Of each tensor, the elements that a rescaled cautious update moves."""
-    counts = torch.zeros(len(bucket.params), dtype=torch.int64, device=bucket.device)
-    torch.ops.lion_kernels.count_agreeing(
-        bucket.grads, bucket.exp_avgs, counts, settings.betas[0], settings.maximize,
-        scaling.grad_scale, bucket.scales,
-    )  # fmt: skip
-    return counts

@@ -20,9 +20,9 @@ class Loading:
     """One call of load_state_dict: ``read`` before torch's own, ``write`` after it. torch loads
     what no Lion knows, such as the weights that wrappers keep in a parameter's state."""
 
-    def __init__(self, optimizer: Optimizer, votes: bool) -> None:
+    def __init__(self, optimizer: Optimizer, kind: str) -> None:
         self.present = [dict(group) for group in optimizer.param_groups]
-        self.votes = votes
+        self.kind = kind
         self.loaded: dict[Tensor, dict[str, Tensor]] = {}
         self.stays: list[str] = []
 
@@ -45,16 +45,16 @@ class Loading:
                 if not theirs:
                     del unknown[key]
         for number, (group, before) in enumerate(zip(groups, self.present, strict=False)):
-            merged, refused = merged_at_load(group, before)
-            check_options(merged)
-            check_rescale(before, number, merged["cautious"], self.votes)
+            merged, refused = merged_at_load(group, before, self.kind)
+            check_options(merged, self.kind)
+            check_rescale(before, number, merged["cautious"])
             self.stays += refused
         return {**state_dict, "state": unknown, "param_groups": groups}
 
     def write(self, optimizer: Optimizer) -> None:
         for group, before in zip(optimizer.param_groups, self.present, strict=True):
-            group.update(merged_at_load(group, before)[0], params=group["params"])
-            check_options(group)
+            group.update(merged_at_load(group, before, self.kind)[0], params=group["params"])
+            check_options(group, self.kind)
             for p in group["params"]:
                 saved = self.loaded.get(p, {})
                 if "exp_avg" in saved:

@@ -4,6 +4,9 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lion_kernels import DistributedLion
+from lion_kernels.simulate import loopback
+
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # By regime: nothing, one, around a word, around the vector tile, around the tally tile, a prime.
 SIZES = (0, 1, 31, 32, 33, 511, 512, 513, 8191, 8192, 8193, 10007)
@@ -62,3 +65,26 @@ class Dispatched(TorchDispatchMode):
         if not func.is_view and func.namespace != "profiler":
             self.names.append(func._schema.name)
         return func(*args, **(kwargs or {}))
+
+
+class Workers:
+    """n workers of a DistributedLion in this process, each with its own copies of ``params``."""
+
+    def __init__(self, params, n, **options):
+        self.params = [[torch.nn.Parameter(p.clone()) for p in params] for _ in range(n)]
+        self.opts = [
+            DistributedLion(mine, process_group=wire, **options)
+            for mine, wire in zip(self.params, loopback(n), strict=True)
+        ]
+
+    @property
+    def exp_avgs(self):
+        pairs = zip(self.params, self.opts, strict=True)
+        return [[opt.state[p]["exp_avg"] for p in mine] for mine, opt in pairs]
+
+    def step(self, grads):
+        """grads[rank][tensor]: a tensor or None."""
+        for mine, theirs, opt in zip(self.params, grads, self.opts, strict=True):
+            for p, g in zip(mine, theirs, strict=True):
+                p.grad = g
+            opt.step()

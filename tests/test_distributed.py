@@ -17,7 +17,7 @@ import torch.distributed as dist
 import oracle
 from common import Dispatched, array, bits_equal, exact, generator
 from lion_kernels import DistributedLion, Lion
-from lion_kernels.agreement import hash_parameter
+from lion_kernels.vote.agreement import hash_parameter
 from ranks import RankError
 
 SIZES = ((20, 11), (33,), (50,), (0,), ())

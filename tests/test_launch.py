@@ -12,11 +12,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import backends
-from common import Dispatched, bits_equal, exact, generator, lr_of, no_counts, step_of
+from common import Dispatched, Workers, bits_equal, exact, generator, lr_of, no_counts, step_of
 from lion_kernels import Lion, _ops, kernels, options, reference
 from lion_kernels.kernels import launch, table
 from lion_kernels.layout import BallotLayout
-from simulate import SimulatedWorld
 
 pytestmark = pytest.mark.skipif(backends.HAS_CUDA, reason="the kernels are not interpreted here")
 
@@ -273,12 +272,12 @@ def lion_run(momentum_dtype):
 def vote_run(**options):
     gen = generator(1)
     params = [torch.randn(n, generator=gen) for n in (700, 33, 0, 5)]
-    world = SimulatedWorld(params, 4, seed=5, lr=0.01, betas=(0.5, 0.75), wd=0.1, **options)
+    world = Workers(params, 4, seed=5, lr=0.01, betas=(0.5, 0.75), weight_decay=0.1, **options)
     for i in range(3):
         rows = [[exact(p.numel(), gen) for p in params] for _ in range(4)]
         rows[i][1] = None
         world.step(rows)
-    return [p for rank in world.params + world.exp_avgs for p in rank]
+    return [p.detach() for rank in world.params + world.exp_avgs for p in rank]
 
 
 RUNS = [functools.partial(lion_run, kind) for kind in ("float32", "int8")] + [

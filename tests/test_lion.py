@@ -951,5 +951,5 @@ def test_the_first_lr_is_read_once():
     (p,) = parameters((3,))
     opt = Lion([p], lr=torch.tensor(0.1), independent_weight_decay=True)
     opt.param_groups[0]["lr"] = torch.zeros((), device="meta")  # which has no value to read
-    check_options(opt.param_groups[0])
+    check_options(opt.param_groups[0], "Lion")
     assert opt.param_groups[0]["reference_lr"] == torch.tensor(0.1).item()

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from common import Dispatched, bits_equal, generator
-from lion_kernels import DistributedLion, Lion, agreement
-from lion_kernels.agreement import hash_parameter, hash_parameters
+from lion_kernels import DistributedLion, Lion
+from lion_kernels.simulate import loopback
+from lion_kernels.vote import agreement
+from lion_kernels.vote.agreement import hash_parameter, hash_parameters
+from lion_kernels.vote.wire import Loopback
 from ranks import RankError
 
 HYPER = {"lr": 0.5, "betas": (0.5, 0.75)}
@@ -219,18 +221,15 @@ def test_messages_are_cut_by_bytes():
     assert [[t.numel() for t in part] for part in parts] == [[10, 10], [50], [1, 1]]
 
 
-def unread(rank):
-    """Facts that are equal travel as a digest."""
-    gathered = []
-    everyones = agreement._everyones
-    agreement._everyones = lambda value, *rest: gathered.append(value) or everyones(value, *rest)
-    try:
-        facts = [(f"fact {i}", "x" * 100) for i in range(1000)]
-        agreement.compare_facts(facts, dist.group.WORLD, torch.device("cpu"))
-    finally:
-        agreement._everyones = everyones
-    return [len(value) for value in gathered]
-
-
-def test_equal_facts_travel_as_a_digest(worlds):
-    assert worlds(2).run(unread) == [[64]] * 2
+def test_equal_facts_travel_as_a_digest(monkeypatch):
+    sent = []
+    values = Loopback.values
+    monkeypatch.setattr(
+        Loopback,
+        "values",
+        lambda wire, value, *rest: sent.append(value) or values(wire, value, *rest),
+    )
+    facts = [(f"fact {i}", "x" * 100) for i in range(1000)]
+    for wire in loopback(2):
+        wire.drive(agreement.compare_facts(facts, wire, torch.device("cpu")))
+    assert [len(value) for value in sent] == [64, 64]

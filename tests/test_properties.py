@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from common import bits_equal, lr_of, no_counts
-from simulate import SimulatedWorld
+from common import Workers, bits_equal, lr_of, no_counts
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-HYPER = {"seed": 3, "lr": 2.0**-6, "betas": (0.5, 0.75), "wd": 0.25}
+HYPER = {"seed": 3, "lr": 2.0**-6, "betas": (0.5, 0.75), "weight_decay": 0.25}
 VOTE = {"aggregation": "majority", "ballots": "ternary", "ties": "zero", "exchange": "sharded"}
 
 
@@ -30,11 +29,11 @@ def gradients(draw, max_workers=6):
 def train(grads, **options):
     """The parameters after voting on grads (workers, steps, elements), all replicas equal."""
     n, steps, size = grads.shape
-    world = SimulatedWorld([torch.linspace(-1, 1, size)], n, **{**VOTE, **HYPER, **options})
+    world = Workers([torch.linspace(-1, 1, size)], n, **{**VOTE, **HYPER, **options})
     for step in range(steps):
         world.step([[torch.from_numpy(grads[rank, step].copy())] for rank in range(n)])
     assert all(bits_equal(world.params[0][0], p[0]) for p in world.params)
-    return world.params[0][0]
+    return world.params[0][0].detach()
 
 
 @settings(max_examples=50, deadline=None)
@@ -51,7 +50,7 @@ def test_the_order_of_workers_does_not_matter(grads, random, aggregation):
 @given(gradients(), st.sampled_from(["majority", "average"]))
 def test_odd_symmetry(grads, aggregation):
     """Without decay, opposite gradients move opposite ways: by exact steps of lr."""
-    options = {"aggregation": aggregation, "wd": 0.0, "lr": 2.0**-4}
+    options = {"aggregation": aggregation, "weight_decay": 0.0, "lr": 2.0**-4}
     start = np.linspace(-1, 1, grads.shape[2]).astype(np.float32)
     up, down = train(grads, **options).numpy(), train(-grads, **options).numpy()
     np.testing.assert_allclose(up - start, -(down - start), atol=2.0**-20)
@@ -71,7 +70,7 @@ def test_agreement_equals_one_lion(grads, n, aggregation):
     for step in range(grads.shape[1]):
         torch.ops.lion_kernels.lion_step(
             [p], [torch.from_numpy(grads[0, step].copy())], [m], lr_of(HYPER["lr"]),
-            *HYPER["betas"], HYPER["wd"], False, no_counts(),
+            *HYPER["betas"], HYPER["weight_decay"], False, no_counts(),
         )  # fmt: skip
     together = train(np.repeat(grads, n, axis=0), aggregation=aggregation)
     if aggregation == "majority":
@@ -83,7 +82,7 @@ def test_agreement_equals_one_lion(grads, n, aggregation):
 @settings(max_examples=50, deadline=None)
 @given(gradients(), st.sampled_from(["binary", "ternary"]))
 def test_average_and_majority_agree_in_sign(grads, ballots):
-    options = {"wd": 0.0, "ballots": ballots}
+    options = {"weight_decay": 0.0, "ballots": ballots}
     one = grads[:, :1]
     start = np.linspace(-1, 1, grads.shape[2]).astype(np.float32)
     majority = train(one, aggregation="majority", **options).numpy() - start

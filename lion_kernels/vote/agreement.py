@@ -1,20 +1,19 @@
 """What all ranks must share before and after a vote: options, metadata, parameters.
 
-Compares facts and parameter hashes over a process group and names the first that differs, on every
-rank. Knows no ballots and no optimizer.
+Compares facts and parameter hashes over a wire and names the first that differs, on every rank.
+Generators, as exchanges are. Knows no ballots and no optimizer.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator, Sequence
 from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+
+from lion_kernels.vote.wire import Transfer, Wire
 
 # A labelled value that must be the same on every rank: ("shape of parameter 0 of group 0", (4, 5)).
 Fact = tuple[str, Any]
@@ -36,28 +35,23 @@ def _ranks_by_value(values: Sequence[Any]) -> str:
     )
 
 
-def _everyones(value: Any, group: ProcessGroup, device: torch.device) -> list[Any]:
-    """``value`` of every rank. NCCL sends objects by way of the current device, which may be
-    another rank's: it is made ``device``."""
-    gathered: list[Any] = [None] * dist.get_world_size(group)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        dist.all_gather_object(gathered, value, group=group)
-    return gathered
-
-
-def union_of(members: set[int], group: ProcessGroup, device: torch.device) -> list[int]:
+def union_of(
+    members: set[int], wire: Wire, device: torch.device
+) -> Generator[Transfer, None, list[int]]:
     """What is in the set of any rank, in order."""
-    return sorted(set().union(*_everyones(members, group, device)))
+    yield (sets := wire.values(members, device))
+    return sorted(set().union(*sets.everyones))
 
 
-def compare_facts(facts: Sequence[Fact], group: ProcessGroup, device: torch.device) -> None:
+def compare_facts(facts: Sequence[Fact], wire: Wire, device: torch.device) -> Iterator[Transfer]:
     """Raise RuntimeError on every rank where the ranks' facts differ, naming the first. The facts
     themselves travel only where their digests differ."""
     digest = hashlib.sha256(repr(list(facts)).encode()).hexdigest()
-    if len(set(_everyones(digest, group, device))) == 1:
+    yield (digests := wire.values(digest, device))
+    if len(set(digests.everyones)) == 1:
         return
-    every = _everyones(list(facts), group, device)
-    for row in zip_longest(*every, fillvalue=("end of the list", None)):
+    yield (lists := wire.values(list(facts), device))
+    for row in zip_longest(*lists.everyones, fillvalue=("end of the list", None)):
         labels, values = {fact[0] for fact in row}, [fact[1] for fact in row]
         if len(labels) > 1:
             raise RuntimeError(f"ranks disagree: {_ranks_by_value([fact[0] for fact in row])}")
@@ -79,14 +73,13 @@ def _in_parts(tensors: Sequence[Tensor], most: int) -> Iterator[list[Tensor]]:
         yield part
 
 
-def broadcast_parameters(params: Sequence[Tensor], group: ProcessGroup) -> None:
-    """Overwrite ``params`` with those of the group's rank 0, bit for bit, many in one message."""
-    source = dist.get_global_rank(group, 0)
+def broadcast_parameters(params: Sequence[Tensor], wire: Wire) -> Iterator[Transfer]:
+    """Overwrite ``params`` with those of the wire's rank 0, bit for bit, many in one message."""
     for part in _in_parts([p for p in params if p.numel() > 0], _PART_BYTES):
         dense = [torch.empty_like(p).copy_(p) for p in part]
         flat = [d.as_strided((d.numel(),), (1,)).view(torch.uint8) for d in dense]
         message = torch.cat(flat) if len(flat) > 1 else flat[0]
-        dist.broadcast(message, src=source, group=group)
+        yield wire.broadcast(message)
         received = message.split([f.numel() for f in flat])
         for p, d, f, r in zip(part, dense, flat, received, strict=True):
             f.copy_(r)
@@ -153,16 +146,13 @@ def hash_parameter(p: Tensor) -> Tensor:
 
 
 def compare_parameters(
-    params: Sequence[Tensor], labels: Sequence[str], group: ProcessGroup
-) -> None:
+    params: Sequence[Tensor], labels: Sequence[str], wire: Wire
+) -> Iterator[Transfer]:
     """Raise RuntimeError on every rank where a parameter's bits differ over the ranks."""
     if not params:
         return
-    hashes = hash_parameters(params)
-    gathered = [torch.empty_like(hashes) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, hashes, group=group)
-    every = torch.stack(gathered).tolist()  # (ranks, parameters)
-    for i, label in enumerate(labels):
-        values = [f"hash {hashes[i] & (2**64 - 1):016x}" for hashes in every]
+    yield (hashes := wire.values(hash_parameters(params).tolist(), params[0].device))
+    for label, values in zip(labels, zip(*hashes.everyones, strict=True), strict=True):
         if len(set(values)) > 1:
-            raise RuntimeError(f"replicas differ: {label} has {_ranks_by_value(values)}")
+            words = [f"hash {value & (2**64 - 1):016x}" for value in values]
+            raise RuntimeError(f"replicas differ: {label} has {_ranks_by_value(words)}")

@@ -1,0 +1,86 @@
+"""How one device, or one rank, moves the buckets of an optimizer: each in one pass.
+
+What an optimizer is handed is this or an electorate (vote/election.py), which has the same methods.
+Their work are generators, which yield what they wait for.
+"""
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lion_kernels import double
+from lion_kernels.bucket import Bucket
+from lion_kernels.options import Settings
+from lion_kernels.scaling import Scaling
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Nothing is waited for."""
+
+    # Whether every rank must have all of a parameter.
+    is_whole: bool = False
+    # Whether a parameter without a gradient abstains; else it is left out.
+    votes = False
+
+    def drive(self, work: Iterator[Any]) -> None:
+        """Run work to its end."""
+        for _ in work:
+            pass
+
+    def is_member(self, p: Tensor) -> bool:
+        """Whether a step has to do with a parameter, as far as this rank knows."""
+        return p.grad is not None
+
+    def members(
+        self, number: int, params: list[Tensor], mine: list[int]
+    ) -> Generator[Any, None, list[int]]:
+        """The indices in group ``number`` of what a step has to do with; ``mine``: as far as this
+        rank knows."""
+        yield from ()
+        return mine
+
+    def agreed(self, scaling: Scaling) -> Generator[Any, None, Scaling]:
+        """What a GradScaler found, on any rank; not asked where there is none."""
+        yield from ()
+        return scaling
+
+    def move(
+        self,
+        number: int,
+        bucket: Bucket,
+        settings: Settings,
+        scaling: Scaling,
+        seed: int,
+        step: Tensor | None,
+        nonfinite: Tensor | None,
+    ) -> Iterator[Any]:
+        """Step a bucket of group ``number``, and the counter ``step``, int64 (1,), where it is;
+        nonfinite, int64 (1,), counts skipped elements."""
+        yield from ()
+        if bucket.is_double:
+            double.step(bucket, settings, scaling, nonfinite)
+            return
+        torch.ops.lion_kernels.lion_step(
+            bucket.params, bucket.grads, bucket.exp_avgs,
+            lr=settings.lr, beta1=settings.betas[0], beta2=settings.betas[1],
+            weight_decay=settings.weight_decay, maximize=settings.maximize, nonfinite=nonfinite,
+            grad_scale=scaling.grad_scale, found_inf=scaling.found_inf,
+            rounding=settings.rounding, lows=bucket.lows, seed=seed, step=step,
+            cautious=settings.cautious, cautious_decay=settings.cautious_decay,
+            scales=bucket.scales,
+            agreeing=_agreeing(bucket, settings, scaling) if settings.rescales else None,
+        )  # fmt: skip
+
+
+def _agreeing(bucket: Bucket, settings: Settings, scaling: Scaling) -> Tensor:
+    """Of each tensor, the elements that a rescaled cautious update moves."""
+    counts = torch.zeros(len(bucket.params), dtype=torch.int64, device=bucket.device)
+    torch.ops.lion_kernels.count_agreeing(
+        bucket.grads, bucket.exp_avgs, counts, beta1=settings.betas[0],
+        maximize=settings.maximize, grad_scale=scaling.grad_scale, scales=bucket.scales,
+    )  # fmt: skip
+    return counts
