@@ -17,14 +17,14 @@ import triton
 import codegen
 import forecast
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def figures(*args):
     """What codegen.py says. Its own process: this one interprets."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, str(ROOT / "tests" / "codegen.py"), "--json", *args]
+    command = [sys.executable, str(ROOT / "tools" / "codegen.py"), "--json", *args]
     outcome = subprocess.run(command, env=env, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     return json.loads(outcome.stdout)
