@@ -122,7 +122,9 @@ MUTANTS = [
     ("a refused plan goes on presuming", "lion_kernels/lion.py",
      "only.may_presume = False", "pass"),
     ("old gradients", "lion_kernels/bucket.py",
-     "self._grads = [p.grad for p in self._members]\n        if self", "if self"),
+     "self._grads = [p.grad for p in self._members]\n        if presume",
+     "first = [p.grad for p in self._members]\n"
+     "        self._grads = self.__dict__.setdefault('_first', first)\n        if presume"),
     ("versions stand", "csrc/versions.cpp", "unsafeGetTensorImpl()->bump_version()", "defined()"),
     ("versions of lists stand", "csrc/versions.cpp",
      "for (const c10::IValue& each : value.toListRef()) raise_version(each.toTensor());", ";"),
