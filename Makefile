@@ -56,9 +56,10 @@ format: $(ENV)
 bench: built
 	@PYTHONPATH=. $(RUN) bench/cpu.py $(ARGS)
 
-# What the compiler makes of every Triton kernel that ships, for GPUs that need not be there.
+# What the compiler makes of every Triton kernel that ships, for GPUs that need not be there: prints
+# it, and fails where it breaks the contract. About 4 minutes on two cores; the tests compile a few.
 codegen: built
-	@PYTHONPATH=. $(RUN) tests/codegen.py $(ARGS)
+	@PYTHONPATH=. $(RUN) tools/codegen.py $(ARGS)
 
 # On any machine with a CUDA GPU, offline, within 8 minutes beside the build: what the compiler
 # makes of the kernels, tests, bench, sanitizers. Writes into OUT or bench/results/ as it goes.
@@ -66,7 +67,7 @@ gpu-check: export LION_KERNELS_CUDA ?= 1
 gpu-check:
 	@$(MAKE) --no-print-directory -s built || \
 	  { $(if $(OUT),mkdir -p $(OUT); cp build/log $(OUT)/build.log;) exit 1; }
-	@PYTHONPATH=. $(RUN) bench/gpu_check.py $(if $(OUT),--out $(OUT)) $(ARGS)
+	@PYTHONPATH=. $(RUN) tools/gpu_check.py $(if $(OUT),--out $(OUT)) $(ARGS)
 
 # The pages of docs/ that come from code.
 docs: built
@@ -74,7 +75,7 @@ docs: built
 
 # Breaks a copy of the library on purpose, again and again; every break must fail a test.
 mutants: built
-	@PYTHONPATH=. $(RUN) tests/mutants.py $(ARGS)
+	@PYTHONPATH=. $(RUN) tools/mutants.py $(ARGS)
 
 clean:
 	rm -rf build *.egg-info lion_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

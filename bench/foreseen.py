@@ -1,5 +1,5 @@
 """The compiler's forecast of each kernel beside what was measured of it. Knows no clock and no
-compiler: rows of `tests/codegen.py --json` and of section `ops` of bench/gpu.py.
+compiler: rows of `tools/codegen.py --json` and of section `ops` of bench/gpu.py.
 """
 
 from typing import Any

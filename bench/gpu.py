@@ -344,7 +344,7 @@ def run(sections: dict[str, Section], stem: str, doc: str) -> None:
         sys.exit("this bench needs a CUDA device, and torch has none (--dry-run needs none)")
     elif not lion_kernels.build_info()["cuda"]:
         sys.exit("lion_kernels was built without CUDA: build it again with LION_KERNELS_CUDA=1")
-    sys.path.append(str(timing.ROOT / "tests"))  # backends
+    sys.path.append(str(timing.ROOT / "tests" / "helpers"))  # backends
     torch.manual_seed(0)
     bench = bench_on(args.rounds, args.dry_run)
     print("compiling, and comparing with the reference ...", flush=True)

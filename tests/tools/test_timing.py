@@ -2,13 +2,9 @@
 time pass only where the test says so: nothing here is measured.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent.parent / "bench"))
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 import timing

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "bench"))
+ROOT = Path(__file__).parents[2]
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 import gpu_check  # noqa: E402
@@ -62,7 +61,7 @@ def test_a_step_that_is_cut_off_shows_its_stacks(check):
 
 def test_results_are_in_the_folder_also_after_a_failure(tmp_path):
     out = tmp_path / "new" / "out"
-    command = [sys.executable, "bench/gpu_check.py", "--dry-run", "--out", str(out)]
+    command = [sys.executable, "tools/gpu_check.py", "--dry-run", "--out", str(out)]
     more = ["--only", "tests", "racecheck", "--seconds", "1"]
     done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "cut off after" in done.stdout

@@ -21,7 +21,7 @@ from common import generator, step_of
 from lion_kernels import reference
 from on_host import OnHost, compiler
 
-CSRC = Path(__file__).parent.parent / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 ARCHS = (80, 90, 100)
 N_KERNELS = 16  # tally and elect, words of 32 and 128 bits, sums of 2, 4, 7 and 16 planes
 # Registers a thread, so that an SM of 65,536 holds 4, 3 and 2 blocks of 256 threads.

@@ -1,6 +1,6 @@
 """The CUDA kernels of csrc/tally.cu, compiled for the host: a back end for tests without a GPU.
 
-Owns the compilation and the calls; the kernels run unchanged under tests/cuda_shim.h.
+Owns the compilation and the calls; the kernels run unchanged under cuda_shim.h.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lion_kernels import _ops
 
-TESTS = Path(__file__).parent
+HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror")
 # Unrolling matters on a GPU only; newer Clang renames TRAP's second flag.
 FLAGS += ("-Wno-unknown-pragmas", "-Wno-pass-failed", "-Wno-deprecated")
@@ -31,8 +31,8 @@ class OnHost:
     def __init__(self, directory):
         library = Path(directory) / "tally_on_host.so"
         if not library.exists():
-            source = TESTS / "tally_on_host.cpp"
-            command = [compiler(), *FLAGS, *TRAP, "-shared", f"-I{TESTS.parent / 'csrc'}"]
+            source = HERE / "tally_on_host.cpp"
+            command = [compiler(), *FLAGS, *TRAP, "-shared", f"-I{HERE.parents[1] / 'csrc'}"]
             subprocess.run([*command, "-o", str(library), str(source)], check=True)
         self._library = ctypes.CDLL(str(library))
         self._library.lion_count.argtypes = (

@@ -16,7 +16,7 @@ from common import bits_equal, generator
 from lion_kernels import Lion
 from lion_kernels.dense import overlaps
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.3}
 
 

@@ -29,6 +29,8 @@ from torch.utils.cpp_extension import CUDA_HOME
 from tqdm import tqdm
 
 import lion_kernels
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 import timing
 from foreseen import beside
 
@@ -89,7 +91,7 @@ class Check:
     def __post_init__(self) -> None:
         self.deadline = time.monotonic() + self.seconds
         self.logs.mkdir(parents=True, exist_ok=True)
-        paths = [str(timing.ROOT), str(timing.ROOT / "tests")]
+        paths = [str(timing.ROOT), str(timing.ROOT / "tests" / "helpers")]
         paths += filter(None, [os.environ.get("PYTHONPATH")])
         # A process that is cut off says on its way where it was.
         self.env = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), PYTHONFAULTHANDLER="1")
@@ -127,7 +129,7 @@ def codegen(check: Check) -> Outcome:
     """The compiler's figures for the architecture of this device; in a dry run, for sm_90."""
     major, minor = (9, 0) if check.dry else torch.cuda.get_device_capability()
     arch = f"{major}{minor}"
-    command = [sys.executable, "tests/codegen.py", "--json", "--arch", arch]
+    command = [sys.executable, "tools/codegen.py", "--json", "--arch", arch]
     ended = check.run("codegen", command, 150 if check.dry else 100)
     if ended.status != 0:  # without a cache the other steps compile for themselves
         return Outcome("codegen", None if ended.status is None else False, ended.seconds, ended.why)
@@ -139,7 +141,7 @@ def codegen(check: Check) -> Outcome:
 
 
 def judged(step: str, ended: Ended, journal: Path) -> Outcome:
-    """The outcome of a pytest run, from what its tests wrote as they went (tests/journal.py)."""
+    """The outcome of a pytest run, from what its tests wrote as they went (journal.py)."""
     lines = journal.read_text().splitlines() if journal.exists() else []
     entries = [json.loads(line) for line in lines if line.endswith("}")]
     collected, begun, outcomes = 0, "", {}

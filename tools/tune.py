@@ -6,12 +6,15 @@ the size of one layer group and on GPT-2's list. Every config is compared with
 lion_kernels.reference before it is timed. `--dry-run` shows without a GPU that all of it runs.
 """
 
+import sys
 from functools import partial
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from tabulate import tabulate
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 import gpu
 from timing import Case, Report
 from workload import cold, in_turn, name_of, wrong_ops

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "bench"))
+ROOT = Path(__file__).parents[2]
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 import foreseen  # noqa: E402
@@ -21,7 +20,7 @@ def test_every_op_of_the_bench_has_a_forecast():
     script = (
         "import json, codegen; print(json.dumps([(v.room, v.name) for v in codegen.variants()]))"
     )
-    folders = f"{ROOT / 'tests'}:{ROOT}"
+    folders = f"{ROOT / 'tools'}:{ROOT}"
     outcome = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True,
         env={"PYTHONPATH": folders, "PATH": "/usr/bin:/bin", "HOME": str(Path.home())},

@@ -1,7 +1,7 @@
 """Compiles every variant of the Triton kernels that ships, for GPUs that need not be there, and
 reads what the compiler made of it: `make codegen` prints the table and a forecast of what the
-arithmetic leaves of the memory's time (forecast.py); test_codegen.py holds both to the contract.
-Runs as a program, because tests set Triton to interpret.
+arithmetic leaves of the memory's time (forecast.py), and fails where either breaks the contract
+(codegen_contract.py). A program, because tests set Triton to interpret.
 """
 
 import argparse
@@ -20,12 +20,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import codegen_contract as contract
 import forecast
 from lion_kernels._ops import ROUNDINGS
 from lion_kernels.kernels import launch
 from lion_kernels.layout import MOMENTUM_BLOCK
 
 ARCHS = (80, 90, 100)
+AMD_ARCHS = ("gfx942", "gfx950")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOMENTA = {**DTYPES, "int8": torch.int8}
 # Of a verdict: one kernel each; those between differ in how often they read a byte.
@@ -44,14 +46,6 @@ KERNELS = {
     "apply": launch._apply_kernel,
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-# Where arithmetic may take more than forecast.MOST of the memory's time, and why.
-REASONS = (
-    ("int8", "an exact root, a scale and a share of a division make a byte of each momentum"),
-    ("stochastic", "16 random bits an element are a hash of 20 integer operations"),
-    ("with options|cautious", "comparisons with the gradient's sign and choices, every element"),
-    ("planes 16", "sums of more than 127 ranks: 16 bits of an element come from 16 bytes"),
-)
 
 # Kinds that the forecast's own table leaves out.
 SPECIAL = r"(?<!b)float16|stochastic|compensated|options|cautious"
@@ -185,34 +179,58 @@ def compile_one(task):
     }  # fmt: skip
 
 
-def compiled_for_amd(archs=("gfx942", "gfx950")):
-    """Vector registers, spilled ones and 16-byte loads of the plain kernels in bfloat16 on AMD's
-    MI300 and MI350. That they compile is all that is claimed: nothing here has run on ROCm.
+def compile_for_amd(task):
+    """Vector registers, spilled ones and 16-byte loads of a variant on AMD's MI300 or MI350. That
+    it compiles is all that is claimed: nothing here has run on ROCm.
 
     To run there, it lacks launch configs for warps of 64 lanes, csrc/tally* through hipify with a
     branch of setup.py that builds it, pinned tables and captures tried under HIP, a check that
     v_rsq_f32 is within what momentum.py relies on, and a measurement of anything."""
-    rows = []
-    for variant, arch in itertools.product(variants(), archs):
-        if re.search(SPECIAL + "|float32|planes (4|8|16)", variant.name):
-            continue
-        asm = compiled_for(variant, GPUTarget("hip", arch, 64)).asm["amdgcn"]
-        counts = dict(re.findall(r"\.(vgpr\w*count):\s+(\d+)", asm))
-        rows.append(
-            {
-                "kernel": variant.room,
-                "variant": variant.name,
-                "arch": arch,
-                "registers": int(counts["vgpr_count"]),
-                "spilled": int(counts["vgpr_spill_count"]),
-                "16-byte loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", asm)),
-            }
-        )
-    return rows
+    variant, arch = task
+    asm = compiled_for(variant, GPUTarget("hip", arch, 64)).asm["amdgcn"]
+    counts = dict(re.findall(r"\.(vgpr\w*count):\s+(\d+)", asm))
+    return {
+        "kernel": variant.room,
+        "variant": variant.name,
+        "arch": arch,
+        "registers": int(counts["vgpr_count"]),
+        "spilled": int(counts["vgpr_spill_count"]),
+        "16-byte loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", asm)),
+    }
 
 
-def compile_all(archs=ARCHS, progress=False):
-    tasks = list(itertools.product(variants(), archs))
+def a_few(variants):
+    """Some of them that have, between them, every constant of every kernel in every value: the one
+    that adds most, until none adds any."""
+    left, chosen, seen = list(variants), [], set()
+    while left:
+        gains = [{(v.room, *item) for item in v.constants.items()} - seen for v in left]
+        most = max(range(len(left)), key=lambda i: len(gains[i]))
+        if not gains[most]:
+            break
+        seen |= gains[most]
+        chosen.append(left[most])
+    return chosen
+
+
+def tasks_of(archs, few):
+    """(variant, architecture) of all variants; of a few, each on one architecture in turn."""
+    if few:
+        return list(zip(a_few(variants()), itertools.cycle(archs), strict=False))
+    return list(itertools.product(variants(), archs))
+
+
+def amd_tasks_of(few):
+    """The same of the plain kernels in bfloat16; of a few, the first of each kernel."""
+    left_out = SPECIAL + "|float32|planes (4|8|16)"
+    plain = [v for v in variants() if not re.search(left_out, v.name)]
+    if few:
+        firsts = {v.room: v for v in reversed(plain)}
+        return list(zip(firsts.values(), itertools.cycle(AMD_ARCHS), strict=False))
+    return list(itertools.product(plain, AMD_ARCHS))
+
+
+def compile_all(tasks, compile_one, progress):
     with multiprocessing.get_context("fork").Pool() as pool:
         done = pool.imap(compile_one, tasks)
         if progress:
@@ -220,11 +238,6 @@ def compile_all(archs=ARCHS, progress=False):
 
             done = tqdm(done, total=len(tasks), unit="kernel")
         return list(done)
-
-
-def reason_for(row):
-    """Why a kernel's arithmetic may take long; None: it may not."""
-    return next((why for kind, why in REASONS if re.search(kind, row["variant"])), None)
 
 
 def table(rows):
@@ -260,11 +273,12 @@ def forecasts(rows):
         for chip, figures in row["forecast"].items()
         if not re.search(SPECIAL, row["variant"])
     ]
+    why = contract.reason_for
     above = [
-        f"  {row['kernel']} {row['variant']}, {chip}: {figures['ratio']:.2f}: {reason_for(row)}"
+        f"  {row['kernel']} {row['variant']}, {chip}: {figures['ratio']:.2f}: {why(row)}"
         for row in rows
         for chip, figures in row["forecast"].items()
-        if chip in forecast.HELD_TO and figures["ratio"] > forecast.MOST
+        if contract.is_above(chip, figures)
     ]
     return "\n".join(
         [
@@ -275,30 +289,38 @@ def forecasts(rows):
     )  # fmt: skip
 
 
-def amd_table():
+def amd_table(rows):
     from tabulate import tabulate
 
-    if "amd" not in triton.backends.backends:
-        return "triton has no back end for AMD"
-    return "\nOn AMD: compiled, not run.\n" + tabulate(compiled_for_amd(), headers="keys")
+    return "\n\nOn AMD: compiled, not run.\n" + tabulate(rows, headers="keys") if rows else ""
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="the figures, for machines")
-    parser.add_argument("--arch", nargs="+", type=int, default=ARCHS, help="e.g. 90 (default all)")
-    parser.add_argument("--amd", action="store_true", help="AMD's gfx942 and gfx950 instead")
+    add = parser.add_argument
+    add("--json", action="store_true", help="the figures alone, for machines, which judge them")
+    add("--arch", nargs="+", type=int, default=ARCHS, help="e.g. 90 (default all, and AMD's)")
+    add("--amd", action="store_true", help="AMD's gfx942 and gfx950 alone")
+    add("--few", action="store_true", help="every option once, each on one architecture")
     args = parser.parse_args()
-    if args.amd:
-        print(json.dumps(compiled_for_amd()) if args.json else amd_table())
-        return
-    rows = compile_all(args.arch, progress=not args.json)
-    print(json.dumps(rows) if args.json else table(rows) + forecasts(rows))
-    if args.arch is ARCHS and not args.json:
-        print(amd_table())
-    print(f"triton {triton.__version__}, {len(rows)} kernels", file=sys.stderr)
-    if not forecast.NVDISASM.exists():
-        print(f"no forecast: triton has no {forecast.NVDISASM}", file=sys.stderr)
+    rows, amd_rows, shows = [], [], not args.json
+    if not args.amd:
+        rows = compile_all(tasks_of(args.arch, args.few), compile_one, shows)
+        if not forecast.NVDISASM.exists():
+            print(f"no forecast: triton has no {forecast.NVDISASM}", file=sys.stderr)
+    if args.amd or (args.arch is ARCHS and shows):
+        if "amd" in triton.backends.backends:
+            amd_rows = compile_all(amd_tasks_of(args.few), compile_for_amd, shows)
+        else:
+            print("triton has no back end for AMD", file=sys.stderr)
+    print(f"triton {triton.__version__}, {len(rows + amd_rows)} kernels", file=sys.stderr)
+    if args.json:
+        return print(json.dumps(rows + amd_rows))
+    print(table(rows) + forecasts(rows) + amd_table(amd_rows))
+    broken = contract.broken(rows) + contract.broken_on_amd(amd_rows)
+    broken += contract.incomplete(rows, args.arch) if rows and not args.few else []
+    print("", *broken, f"{len(broken)} breaches of the contract", sep="\n")
+    sys.exit(bool(broken))
 
 
 if __name__ == "__main__":

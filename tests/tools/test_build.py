@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # What setup.py does, but for building: the toolkit that torch would build with, and what it says.
 PROGRAM = """
 import runpy, os, setuptools
