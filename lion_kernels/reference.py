@@ -12,12 +12,8 @@ import torch
 from torch import Tensor
 
 from lion_kernels import _ops
+from lion_kernels.coins import GAMMA, ROUNDING_STREAM, TIE_STREAM, mix64, stream_key
 from lion_kernels.layout import BITS_PER_WORD, MOMENTUM_BLOCK, words_of
-
-_TIE_STREAM = -1
-ROUNDING_STREAM = -2
-_MASK = 2**64 - 1
-_GAMMA = 0x9E3779B97F4A7C15
 
 
 def unpack(planes: Tensor) -> Tensor:
@@ -38,20 +34,10 @@ def pack(integers: Tensor, n_planes: int) -> Tensor:
     return words.sum(-1).to(torch.int32)  # wraps: bit 31 is the sign bit
 
 
-def mix64(z: int) -> int:
-    """One step of SplitMix64."""
-    z = (z + _GAMMA) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
-
-
 def coins(seed: int, stream: int, step: int, first_word: int, n_words: int) -> Tensor:
     """Fair coins, 0 or 1, of elements [32 * first_word, 32 * (first_word + n_words))."""
-    key = mix64(mix64(mix64(seed & _MASK) ^ (stream & _MASK)) ^ (step & _MASK))
-    words = [
-        mix64((key + w * _GAMMA) & _MASK) >> 32 for w in range(first_word, first_word + n_words)
-    ]
+    key = mix64(stream_key(seed, stream) ^ step)
+    words = [mix64(key + w * GAMMA) >> 32 for w in range(first_word, first_word + n_words)]
     word_tensor = torch.tensor(words, dtype=torch.int64).unsqueeze(-1)
     return ((word_tensor >> torch.arange(BITS_PER_WORD)) & 1).flatten()
 
@@ -268,7 +254,7 @@ def elect(
     if verdict.shape[0] == 2:
         v = (twice >= scale).long() + (twice > scale).long()
     else:
-        toss = coins(seed, _TIE_STREAM, int(step.item()), first_word, verdict.shape[1])
+        toss = coins(seed, TIE_STREAM, int(step.item()), first_word, verdict.shape[1])
         v = torch.where(twice == scale, toss, (twice > scale).long())
     verdict.copy_(pack(v, verdict.shape[0]))
 
@@ -315,9 +301,8 @@ def apply(
 
 def random_bits(seed: int, step: int, first_word: int, n_words: int) -> Tensor:
     """16 random bits, int64, of elements [32 * first_word, 32 * (first_word + n_words))."""
-    key = mix64(mix64(mix64(seed & _MASK) ^ (ROUNDING_STREAM & _MASK)) ^ (step & _MASK))
-    words = range(first_word, first_word + n_words)
-    hashes = [mix64((key + w * _GAMMA) & _MASK) for w in words]
+    key = mix64(stream_key(seed, ROUNDING_STREAM) ^ step)
+    hashes = [mix64(key + w * GAMMA) for w in range(first_word, first_word + n_words)]
     low = torch.tensor([h & 0xFFFFFFFF for h in hashes], dtype=torch.int64).unsqueeze(-1)
     high = torch.tensor([h >> 32 for h in hashes], dtype=torch.int64).unsqueeze(-1)
     x = (torch.arange(16) * 0x9E3779B9 + low) & 0xFFFFFFFF

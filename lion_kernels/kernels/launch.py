@@ -15,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lion_kernels import _ops
+from lion_kernels.coins import ROUNDING_STREAM, stream_key
 from lion_kernels.kernels.apply import FLAG_WORDS, RANKS, _any_kernel, _apply_kernel
 from lion_kernels.kernels.encode import _encode_kernel
 from lion_kernels.kernels.step import _agreeing_kernel, _step_kernel
 from lion_kernels.kernels.table import Launches, check_dense, identity, rows_by_dtypes, tables
 from lion_kernels.layout import pack_flags
-from lion_kernels.reference import ROUNDING_STREAM, mix64
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -155,7 +155,7 @@ def _rounding_of(rounding: str, dtype: torch.dtype) -> int:
 
 
 def _rounding_key(seed: int) -> int:
-    return _signed(mix64(mix64(seed) ^ (ROUNDING_STREAM % 2**64)))
+    return _signed(stream_key(seed, ROUNDING_STREAM))
 
 
 def _kept(params: Sequence[Tensor], lows: Sequence[Tensor] | None) -> list[Tensor | None]:
@@ -328,7 +328,7 @@ def encode(
     _check_place(step, "step", device, torch.int64)
     _check_place(nonfinite, "nonfinite", device, torch.int64)
     complement1, complement2 = _complements(beta1, beta2, maximize)
-    coin_key = _signed(mix64(mix64(seed) ^ rank))
+    coin_key = _signed(stream_key(seed, rank))
     scale_address = _address(grad_scale, "grad_scale", device)
     found_inf_address = _address(found_inf, "found_inf", device)
     config = ENCODE_WITH_OPTIONS if cautious else ENCODE
