@@ -22,7 +22,8 @@ import lion_kernels
 import timing
 from lion_kernels import reference
 from lion_kernels.exchange import Buffers
-from lion_kernels.layout import MOMENTUM_BLOCK, BallotLayout, words_of
+from lion_kernels.int8 import MOMENTUM_BLOCK
+from lion_kernels.layout import BallotLayout, words_of
 from timing import Case, Result
 
 OPS = torch.ops.lion_kernels

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels.layout import BITS_PER_WORD, MAX_SCALE, blocks_of, words_of
+from lion_kernels.int8 import blocks_of
+from lion_kernels.layout import BITS_PER_WORD, MAX_SCALE, words_of
 
 _C: Any = None
 _load_error: ImportError | None = None
@@ -31,7 +32,7 @@ except ImportError as error:
 # gradient's is 0; with `agreeing`, a tensor's other updates are multiplied by its elements over
 # (agreeing + 1). `cautious_decay`: weights decay only where that is the update's direction.
 # Where exp_avgs[i] is int8, scales[i] holds a float32 for every 128 elements of its storage:
-# reference.quantize.
+# int8.quantize.
 SCHEMAS = {
     # One device: encode and apply in one pass. `nonfinite`: int64 (1,), counts skipped elements;
     # without it nothing is skipped and a NaN shows in the parameter.

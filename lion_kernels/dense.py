@@ -80,3 +80,13 @@ def has_storage(t: Tensor) -> bool:
 def memory_order(t: Tensor) -> tuple[int, ...]:
     """The strides of a dense tensor whose dimensions lie in the order of those of ``t``."""
     return torch.empty_like(t, device="meta").stride() if has_storage(t) else ()
+
+
+def storage_order(t: Tensor) -> Tensor:
+    """A dense tensor's elements in the order of its storage."""
+    return t.as_strided((t.numel(),), (1,))
+
+
+def like_storage(flat: Tensor, like: Tensor) -> Tensor:
+    """Elements in storage order, shaped and strided as the dense tensor ``like``."""
+    return flat.as_strided(like.size(), like.stride())

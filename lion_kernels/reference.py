@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lion_kernels import _ops
 from lion_kernels.coins import GAMMA, ROUNDING_STREAM, TIE_STREAM, mix64, stream_key
-from lion_kernels.layout import BITS_PER_WORD, MOMENTUM_BLOCK, words_of
+from lion_kernels.dense import like_storage, storage_order
+from lion_kernels.int8 import read_momentum, write_momentum
+from lion_kernels.layout import BITS_PER_WORD, words_of
 
 
 def unpack(planes: Tensor) -> Tensor:
@@ -40,45 +42,6 @@ def coins(seed: int, stream: int, step: int, first_word: int, n_words: int) -> T
     words = [mix64(key + w * GAMMA) >> 32 for w in range(first_word, first_word + n_words)]
     word_tensor = torch.tensor(words, dtype=torch.int64).unsqueeze(-1)
     return ((word_tensor >> torch.arange(BITS_PER_WORD)) & 1).flatten()
-
-
-def quantize(m: Tensor) -> tuple[Tensor, Tensor]:
-    """A float32 momentum as int8 of the same strides, and the float32 scale of each block of 128
-    elements of its storage, its largest magnitude: q = 127 * sqrt(|m| / scale),
-    to nearest, with the sign of m; -128 where m is not finite, which takes no part in the scale."""
-    flat = _storage_order(m)
-    finite = flat.isfinite()
-    size = torch.where(finite, flat.abs(), 0)
-    blocks = torch.nn.functional.pad(size, (0, -m.numel() % MOMENTUM_BLOCK))
-    blocks = blocks.view(-1, MOMENTUM_BLOCK)
-    scale = blocks.amax(1) if m.numel() > 0 else m.new_empty(0)
-    # A number over a tensor would be the tensor's reciprocal times the number: two roundings.
-    steps = torch.full_like(scale, 127).div(torch.where(scale > 0, scale, 1).sqrt())
-    q = (blocks.sqrt() * steps.unsqueeze(1)).round().flatten()[: m.numel()]
-    q = torch.where(finite, q.copysign(flat), -128).to(torch.int8)
-    return _like_storage(q, m), scale
-
-
-def dequantize(q: Tensor, scale: Tensor) -> Tensor:
-    """The float32 momentum of an int8 one: scale * (|q| / 127)**2 * sign(q), NaN where q = -128."""
-    flat = _storage_order(q).float()
-    m = flat * flat.abs() * _f32(1 / 127**2) * scale.repeat_interleave(MOMENTUM_BLOCK)[: q.numel()]
-    return _like_storage(torch.where(flat == -128, torch.nan, m), q)
-
-
-def read_momentum(m: Tensor, scale: Tensor | None) -> Tensor:
-    """A momentum of any storage dtype as floats: itself where it is no int8 one."""
-    return m if m.dtype != torch.int8 or scale is None else dequantize(m, scale)
-
-
-def write_momentum(m: Tensor, scale: Tensor | None, value: Tensor) -> None:
-    """Store floats of any strides into a momentum and, where it is int8, its scales."""
-    if m.dtype != torch.int8 or scale is None:
-        m.copy_(value)
-    else:
-        q, new_scale = quantize(torch.empty_like(m, dtype=torch.float32).copy_(value))
-        m.copy_(q)
-        scale.copy_(new_scale)
 
 
 def _scale(scales: Sequence[Tensor] | None, i: int) -> Tensor | None:
@@ -224,7 +187,7 @@ def encode(
             next_m = _interpolate(m, g, beta2, maximize, grad_scale)
             write_momentum(exp_avg, _scale(scales, i), torch.where(abstain, m, next_m))
             nonfinite += abstain.sum()
-        votes = _storage_order(torch.empty_like(m).copy_(vote)).long()
+        votes = storage_order(torch.empty_like(m).copy_(vote)).long()
         if n_planes == 2:
             v = votes + 1
         else:
@@ -289,7 +252,7 @@ def apply(
     present = flags.tolist()
     for i, (p, span) in enumerate(zip(params, _spans(params), strict=True)):
         if present[i]:
-            delta = _like_storage((2 * v[span] - scale).float(), p)
+            delta = like_storage((2 * v[span] - scale).float(), p)
             whole = put.parameter(i)
             next_p = _fma(whole, decay, -step_size * delta)
             if cautious_decay:
@@ -362,7 +325,7 @@ class _Rounding:
             p.copy_(x)
         elif self.rounding == "stochastic":
             random = random_bits(self.seed, self.step, self.first_words[i], words_of(p.numel()))
-            p.copy_(round_at_random(x, _like_storage(random[: p.numel()], p), p.dtype))
+            p.copy_(round_at_random(x, like_storage(random[: p.numel()], p), p.dtype))
         elif p.dtype == torch.float16:
             p.copy_(x)
             dropped = x - p.float()
@@ -385,13 +348,3 @@ def _spans(tensors: Sequence[Tensor]) -> Iterator[slice]:
     for t in tensors:
         yield slice(word * BITS_PER_WORD, word * BITS_PER_WORD + t.numel())
         word += words_of(t.numel())
-
-
-def _storage_order(t: Tensor) -> Tensor:
-    """A dense tensor's elements in the order of its storage."""
-    return t.as_strided((t.numel(),), (1,))
-
-
-def _like_storage(flat: Tensor, like: Tensor) -> Tensor:
-    """Elements in storage order, shaped and strided as the dense tensor ``like``."""
-    return flat.as_strided(like.size(), like.stride())

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from lion_kernels import _ops, kernels
-from lion_kernels.dense import is_dense, is_distributed, local
-from lion_kernels.layout import MOMENTUM_BLOCK, blocks_of
-from lion_kernels.reference import read_momentum, write_momentum
+from lion_kernels.dense import is_dense, is_distributed, local, storage_order
+from lion_kernels.int8 import blocks_of, in_blocks, read_momentum, write_momentum
 
 KEYS = ("exp_avg", "exp_avg_scale", "compensation")
 
@@ -212,9 +211,8 @@ def check_scales(q: Tensor, scales: Tensor, where: str) -> None:
     """Raise ValueError unless ``scales``, which fit, can be those of the saved int8 momentum ``q``:
     where a block has a scale, its largest element is +-127."""
     flat = scales_of({"exp_avg": q, "exp_avg_scale": scales})
-    sizes = local(q).as_strided((local(q).numel(),), (1,)).abs()  # of -128 in int8: -128
-    blocks = torch.nn.functional.pad(sizes, (0, -sizes.numel() % MOMENTUM_BLOCK))
-    top = blocks.view(-1, MOMENTUM_BLOCK).amax(1) if sizes.numel() > 0 else flat
+    sizes = storage_order(local(q)).abs()  # of -128 in int8: -128
+    top = in_blocks(sizes).amax(1) if sizes.numel() > 0 else flat
     if not (flat.isfinite().all() and torch.equal(top == 127, flat > 0)):
         raise ValueError(f"the exp_avg_scale of {where} is not that of its int8 exp_avg: {_RECUT}")
 

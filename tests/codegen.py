@@ -22,8 +22,8 @@ from triton.compiler import ASTSource
 
 import forecast
 from lion_kernels._ops import ROUNDINGS
+from lion_kernels.int8 import MOMENTUM_BLOCK
 from lion_kernels.kernels import launch
-from lion_kernels.layout import MOMENTUM_BLOCK
 
 ARCHS = (80, 90, 100)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
