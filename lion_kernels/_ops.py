@@ -7,7 +7,7 @@ and verdicts are int32 planes as layout.py lays them out. reference.py says what
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,17 @@ def build_info() -> dict[str, object]:
     in use, SIMD levels of this machine, bits per word."""
     require_native()
     return dict(_C.build_info())
+
+
+# By device type: what raises, given ``vote``, where its back end lacks something. Back ends put it
+# here when they register their ops, so that who asks imports none of them.
+REQUIRED: dict[str, Callable[[bool], None]] = {}
+
+
+def require_kernels(device_type: str, vote: bool) -> None:
+    """Raise RuntimeError where the kernels of the ops, or those that count a ``vote``, are missing
+    for a device type, and say what to install."""
+    REQUIRED[device_type](vote)
 
 
 def _rule(holds: bool, message: str) -> None:

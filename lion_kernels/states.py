@@ -13,17 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels import _ops, kernels
+from lion_kernels import _ops
+from lion_kernels.capture import check_not_capturing
 from lion_kernels.dense import is_dense, is_distributed, local, storage_order
 from lion_kernels.int8 import blocks_of, in_blocks, read_momentum, write_momentum
 
 KEYS = ("exp_avg", "exp_avg_scale", "compensation")
-
-
-def check_not_capturing(device: torch.device) -> None:
-    """A zero that is made while a graph is captured is made again by every replay."""
-    if kernels.is_capturing(device):
-        raise RuntimeError(kernels.WARM_UP)
 
 
 def _scales_like(p: Any) -> tuple[list[int], Sequence[Any]]:
