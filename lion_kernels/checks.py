@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lion_kernels import _ops
 from lion_kernels.bucket import DOUBLES
-from lion_kernels.dense import has_storage, is_distributed, is_wrapper, overlaps
+from lion_kernels.dense import overlaps
+from lion_kernels.shards import has_storage, is_distributed, is_wrapper
 from lion_kernels.states import check_fits
 
 _PARAMETER_DTYPES = (*_ops.STORAGE_DTYPES, torch.complex64, *DOUBLES)

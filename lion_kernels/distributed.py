@@ -25,12 +25,12 @@ from lion_kernels.agreement import (
 )
 from lion_kernels.bucket import Bucket
 from lion_kernels.checks import check_voter, is_whole, label
-from lion_kernels.dense import memory_order
 from lion_kernels.exchange import EXCHANGES, Buffers, choose
 from lion_kernels.layout import MAX_SCALE, WIRE_VERSION, BallotLayout
 from lion_kernels.lion import Lion
 from lion_kernels.options import Settings, check_choice, check_integer
 from lion_kernels.scaling import Scaling
+from lion_kernels.shards import memory_order
 
 logger = logging.getLogger(__name__)
 
