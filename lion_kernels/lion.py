@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lion_kernels import _ops, double, interchange, release, states
+from lion_kernels import _ops, double, release, states
 from lion_kernels.bucket import Bucket, Plan
 from lion_kernels.checks import check_lr, check_members, check_rescale, label, require_kernels
-from lion_kernels.loading import Loading
 from lion_kernels.options import (
     SETTINGS,
     Settings,
@@ -28,6 +27,8 @@ from lion_kernels.options import (
 )
 from lion_kernels.scaling import Scaling, is_asked_by_a_scaler
 from lion_kernels.shards import cut_as
+from lion_kernels.states import interchange
+from lion_kernels.states.loading import Loading
 
 # Bits of stochastic rounding that differ from bucket to bucket of one step: the golden ratio's.
 _BUCKET_SEED = 0x1E3779B97F4A7C15
