@@ -21,7 +21,8 @@ from torch import Tensor
 import lion_kernels
 import timing
 from lion_kernels import reference
-from lion_kernels.layout import MOMENTUM_BLOCK, words_of
+from lion_kernels.int8 import MOMENTUM_BLOCK
+from lion_kernels.layout import words_of
 from lion_kernels.vote.buffers import Buffers
 from lion_kernels.vote.poll import Poll
 from timing import Case, Result

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cpu import SETTINGS
-from lion_kernels.layout import MOMENTUM_BLOCK
+from lion_kernels.int8 import MOMENTUM_BLOCK
 
 OURS = "lion_kernels Lion"
 # Types of parameters and gradients, and of momenta.

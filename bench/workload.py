@@ -14,8 +14,8 @@ from torch import Tensor
 import cpu
 import peers
 from cpu import LR, SCALARS, SETTINGS, random_ballots
+from lion_kernels.int8 import quantize
 from lion_kernels.layout import BallotLayout
-from lion_kernels.reference import quantize
 from peers import KINDS
 
 # (op, planes) that are timed on lists.

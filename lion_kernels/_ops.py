@@ -7,14 +7,15 @@ and verdicts are int32 planes as layout.py lays them out. reference.py says what
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lion_kernels.layout import BITS_PER_WORD, MAX_SCALE, blocks_of, words_of
+from lion_kernels.int8 import blocks_of
+from lion_kernels.layout import BITS_PER_WORD, MAX_SCALE, words_of
 
 _C: Any = None
 _load_error: ImportError | None = None
@@ -31,7 +32,7 @@ except ImportError as error:
 # gradient's is 0; with `agreeing`, a tensor's other updates are multiplied by its elements over
 # (agreeing + 1). `cautious_decay`: weights decay only where that is the update's direction.
 # Where exp_avgs[i] is int8, scales[i] holds a float32 for every 128 elements of its storage:
-# reference.quantize.
+# int8.quantize.
 SCHEMAS = {
     # One device: encode and apply in one pass. `nonfinite`: int64 (1,), counts skipped elements;
     # without it nothing is skipped and a NaN shows in the parameter.
@@ -98,6 +99,17 @@ def build_info() -> dict[str, object]:
     in use, SIMD levels of this machine, bits per word."""
     require_native()
     return dict(_C.build_info())
+
+
+# By device type: what raises, given ``vote``, where its back end lacks something. Back ends put it
+# here when they register their ops, so that who asks imports none of them.
+REQUIRED: dict[str, Callable[[bool], None]] = {}
+
+
+def require_kernels(device_type: str, vote: bool) -> None:
+    """Raise RuntimeError where the kernels of the ops, or those that count a ``vote``, are missing
+    for a device type, and say what to install."""
+    REQUIRED[device_type](vote)
 
 
 def _rule(holds: bool, message: str) -> None:

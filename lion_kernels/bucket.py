@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lion_kernels import states
-from lion_kernels.dense import is_dense, is_distributed, local, local_like
+from lion_kernels.dense import is_dense
 from lion_kernels.options import Settings
+from lion_kernels.shards import is_distributed, local, local_like
 
 DOUBLES = (torch.float64, torch.complex128)
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels import _ops, kernels
+from lion_kernels import _ops
 from lion_kernels.bucket import DOUBLES
-from lion_kernels.dense import has_storage, is_distributed, is_wrapper, overlaps
+from lion_kernels.dense import overlaps
+from lion_kernels.shards import has_storage, is_distributed, is_wrapper
 from lion_kernels.states import check_fits
 
 _PARAMETER_DTYPES = (*_ops.STORAGE_DTYPES, torch.complex64, *DOUBLES)
@@ -157,4 +158,4 @@ def check_members(
 def require_kernels(group: dict[str, Any], vote: bool) -> None:
     """Raise RuntimeError where a group has CUDA parameters to move and no kernels for them."""
     if any(p.is_cuda and p.requires_grad for p in group["params"]):
-        kernels.require(vote=vote)
+        _ops.require_kernels("cuda", vote=vote)

@@ -17,10 +17,10 @@ from torch.optim.optimizer import ParamsT
 from lion_kernels import states
 from lion_kernels.alone import Alone
 from lion_kernels.checks import check_voter, is_whole, label
-from lion_kernels.dense import memory_order
 from lion_kernels.layout import WIRE_VERSION
 from lion_kernels.lion import Lion
 from lion_kernels.options import DISTRIBUTED_LION, GROUP_OPTIONS, OPTIONS, checked
+from lion_kernels.shards import memory_order
 from lion_kernels.vote.agreement import (
     Fact,
     broadcast_parameters,

@@ -13,8 +13,6 @@ from functools import cached_property
 from torch import Tensor
 
 BITS_PER_WORD = 32
-# Consecutive elements of a tensor's storage that share the scale of an int8 momentum.
-MOMENTUM_BLOCK = 128
 # Planes and chunks start on 16 bytes: what collectives and vector loads want.
 ALIGN_WORDS = 4
 # The largest scale that tallies can hold: bitplanes.h, kMaxPlanes.
@@ -26,11 +24,6 @@ WIRE_VERSION = 1
 def words_of(n_elements: int) -> int:
     """Words that hold ``n_elements`` bits."""
     return -(-n_elements // BITS_PER_WORD)
-
-
-def blocks_of(n_elements: int) -> int:
-    """Scales of an int8 momentum of ``n_elements``."""
-    return -(-n_elements // MOMENTUM_BLOCK)
 
 
 def _aligned(n_words: int) -> int:

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lion_kernels import _ops, interchange, release, states
+from lion_kernels import _ops, release, states
 from lion_kernels.alone import Alone
 from lion_kernels.bucket import Bucket, Plan
 from lion_kernels.checks import check_lr, check_members, check_rescale, label, require_kernels
-from lion_kernels.dense import cut_as
-from lion_kernels.loading import Loading
 from lion_kernels.options import (
     GROUP_OPTIONS,
     LION,
@@ -30,6 +28,9 @@ from lion_kernels.options import (
     settings_of,
 )
 from lion_kernels.scaling import Scaling, is_asked_by_a_scaler
+from lion_kernels.shards import cut_as
+from lion_kernels.states import interchange
+from lion_kernels.states.loading import Loading
 
 if TYPE_CHECKING:
     from lion_kernels.vote.election import Electorate

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from lion_kernels import _ops
-from lion_kernels.layout import BITS_PER_WORD, MOMENTUM_BLOCK, words_of
-
-_TIE_STREAM = -1
-ROUNDING_STREAM = -2
-_MASK = 2**64 - 1
-_GAMMA = 0x9E3779B97F4A7C15
+from lion_kernels.coins import GAMMA, ROUNDING_STREAM, TIE_STREAM, mix64, stream_key
+from lion_kernels.dense import like_storage, storage_order
+from lion_kernels.int8 import read_momentum, write_momentum
+from lion_kernels.layout import BITS_PER_WORD, words_of
 
 
 def unpack(planes: Tensor) -> Tensor:
@@ -38,61 +36,12 @@ def pack(integers: Tensor, n_planes: int) -> Tensor:
     return words.sum(-1).to(torch.int32)  # wraps: bit 31 is the sign bit
 
 
-def mix64(z: int) -> int:
-    """One step of SplitMix64."""
-    z = (z + _GAMMA) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
-
-
 def coins(seed: int, stream: int, step: int, first_word: int, n_words: int) -> Tensor:
     """Fair coins, 0 or 1, of elements [32 * first_word, 32 * (first_word + n_words))."""
-    key = mix64(mix64(mix64(seed & _MASK) ^ (stream & _MASK)) ^ (step & _MASK))
-    words = [
-        mix64((key + w * _GAMMA) & _MASK) >> 32 for w in range(first_word, first_word + n_words)
-    ]
+    key = mix64(stream_key(seed, stream) ^ step)
+    words = [mix64(key + w * GAMMA) >> 32 for w in range(first_word, first_word + n_words)]
     word_tensor = torch.tensor(words, dtype=torch.int64).unsqueeze(-1)
     return ((word_tensor >> torch.arange(BITS_PER_WORD)) & 1).flatten()
-
-
-def quantize(m: Tensor) -> tuple[Tensor, Tensor]:
-    """A float32 momentum as int8 of the same strides, and the float32 scale of each block of 128
-    elements of its storage, its largest magnitude: q = 127 * sqrt(|m| / scale),
-    to nearest, with the sign of m; -128 where m is not finite, which takes no part in the scale."""
-    flat = _storage_order(m)
-    finite = flat.isfinite()
-    size = torch.where(finite, flat.abs(), 0)
-    blocks = torch.nn.functional.pad(size, (0, -m.numel() % MOMENTUM_BLOCK))
-    blocks = blocks.view(-1, MOMENTUM_BLOCK)
-    scale = blocks.amax(1) if m.numel() > 0 else m.new_empty(0)
-    # A number over a tensor would be the tensor's reciprocal times the number: two roundings.
-    steps = torch.full_like(scale, 127).div(torch.where(scale > 0, scale, 1).sqrt())
-    q = (blocks.sqrt() * steps.unsqueeze(1)).round().flatten()[: m.numel()]
-    q = torch.where(finite, q.copysign(flat), -128).to(torch.int8)
-    return _like_storage(q, m), scale
-
-
-def dequantize(q: Tensor, scale: Tensor) -> Tensor:
-    """The float32 momentum of an int8 one: scale * (|q| / 127)**2 * sign(q), NaN where q = -128."""
-    flat = _storage_order(q).float()
-    m = flat * flat.abs() * _f32(1 / 127**2) * scale.repeat_interleave(MOMENTUM_BLOCK)[: q.numel()]
-    return _like_storage(torch.where(flat == -128, torch.nan, m), q)
-
-
-def read_momentum(m: Tensor, scale: Tensor | None) -> Tensor:
-    """A momentum of any storage dtype as floats: itself where it is no int8 one."""
-    return m if m.dtype != torch.int8 or scale is None else dequantize(m, scale)
-
-
-def write_momentum(m: Tensor, scale: Tensor | None, value: Tensor) -> None:
-    """Store floats of any strides into a momentum and, where it is int8, its scales."""
-    if m.dtype != torch.int8 or scale is None:
-        m.copy_(value)
-    else:
-        q, new_scale = quantize(torch.empty_like(m, dtype=torch.float32).copy_(value))
-        m.copy_(q)
-        scale.copy_(new_scale)
 
 
 def _scale(scales: Sequence[Tensor] | None, i: int) -> Tensor | None:
@@ -238,7 +187,7 @@ def encode(
             next_m = _interpolate(m, g, beta2, maximize, grad_scale)
             write_momentum(exp_avg, _scale(scales, i), torch.where(abstain, m, next_m))
             nonfinite += abstain.sum()
-        votes = _storage_order(torch.empty_like(m).copy_(vote)).long()
+        votes = storage_order(torch.empty_like(m).copy_(vote)).long()
         if n_planes == 2:
             v = votes + 1
         else:
@@ -268,7 +217,7 @@ def elect(
     if verdict.shape[0] == 2:
         v = (twice >= scale).long() + (twice > scale).long()
     else:
-        toss = coins(seed, _TIE_STREAM, int(step.item()), first_word, verdict.shape[1])
+        toss = coins(seed, TIE_STREAM, int(step.item()), first_word, verdict.shape[1])
         v = torch.where(twice == scale, toss, (twice > scale).long())
     verdict.copy_(pack(v, verdict.shape[0]))
 
@@ -303,7 +252,7 @@ def apply(
     present = flags.tolist()
     for i, (p, span) in enumerate(zip(params, _spans(params), strict=True)):
         if present[i]:
-            delta = _like_storage((2 * v[span] - scale).float(), p)
+            delta = like_storage((2 * v[span] - scale).float(), p)
             whole = put.parameter(i)
             next_p = _fma(whole, decay, -step_size * delta)
             if cautious_decay:
@@ -315,9 +264,8 @@ def apply(
 
 def random_bits(seed: int, step: int, first_word: int, n_words: int) -> Tensor:
     """16 random bits, int64, of elements [32 * first_word, 32 * (first_word + n_words))."""
-    key = mix64(mix64(mix64(seed & _MASK) ^ (ROUNDING_STREAM & _MASK)) ^ (step & _MASK))
-    words = range(first_word, first_word + n_words)
-    hashes = [mix64((key + w * _GAMMA) & _MASK) for w in words]
+    key = mix64(stream_key(seed, ROUNDING_STREAM) ^ step)
+    hashes = [mix64(key + w * GAMMA) for w in range(first_word, first_word + n_words)]
     low = torch.tensor([h & 0xFFFFFFFF for h in hashes], dtype=torch.int64).unsqueeze(-1)
     high = torch.tensor([h >> 32 for h in hashes], dtype=torch.int64).unsqueeze(-1)
     x = (torch.arange(16) * 0x9E3779B9 + low) & 0xFFFFFFFF
@@ -377,7 +325,7 @@ class _Rounding:
             p.copy_(x)
         elif self.rounding == "stochastic":
             random = random_bits(self.seed, self.step, self.first_words[i], words_of(p.numel()))
-            p.copy_(round_at_random(x, _like_storage(random[: p.numel()], p), p.dtype))
+            p.copy_(round_at_random(x, like_storage(random[: p.numel()], p), p.dtype))
         elif p.dtype == torch.float16:
             p.copy_(x)
             dropped = x - p.float()
@@ -400,13 +348,3 @@ def _spans(tensors: Sequence[Tensor]) -> Iterator[slice]:
     for t in tensors:
         yield slice(word * BITS_PER_WORD, word * BITS_PER_WORD + t.numel())
         word += words_of(t.numel())
-
-
-def _storage_order(t: Tensor) -> Tensor:
-    """A dense tensor's elements in the order of its storage."""
-    return t.as_strided((t.numel(),), (1,))
-
-
-def _like_storage(flat: Tensor, like: Tensor) -> Tensor:
-    """Elements in storage order, shaped and strided as the dense tensor ``like``."""
-    return flat.as_strided(like.size(), like.stride())

@@ -23,8 +23,8 @@ from triton.compiler import ASTSource
 import codegen_contract as contract
 import forecast
 from lion_kernels._ops import ROUNDINGS
-from lion_kernels.kernels import launch
-from lion_kernels.layout import MOMENTUM_BLOCK
+from lion_kernels.int8 import MOMENTUM_BLOCK
+from lion_kernels.kernels import config, launch
 
 ARCHS = (80, 90, 100)
 AMD_ARCHS = ("gfx942", "gfx950")
@@ -58,7 +58,7 @@ class Variant:
 
     room: str
     name: str
-    config: launch.Config
+    config: config.Config
     constants: dict
     reads: tuple
     writes: tuple
@@ -90,7 +90,7 @@ def variants():
         low = (g_size,) if rounding == "compensated" else ()
         yield Variant(
             "step", f"{types}{', with options' if flag else ''}, {rounding}",
-            launch.STEP_WITH_OPTIONS if flag else launch.STEP,
+            config.step_config(is_plain=not flag),
             {"P": p_type, "M": m_type, "ROUNDING": ROUNDINGS.index(rounding), "PLAIN": not flag},
             (g_size, g_size, m_size, *low), (g_size, m_size, *low),
         )  # fmt: skip
@@ -98,12 +98,12 @@ def variants():
             continue
         types_of = {"G": p_type, "M": m_type}
         if not flag:
-            yield Variant("agreeing", types, launch.AGREEING, types_of, (g_size, m_size), ())
+            yield Variant("agreeing", types, config.AGREEING, types_of, (g_size, m_size), ())
         for cautious in (False, True):
             kind = ("ternary" if flag else "binary") + ", cautious" * cautious
             yield Variant(
                 "encode", f"{types}, {kind}",
-                launch.ENCODE_WITH_OPTIONS if cautious else launch.ENCODE,
+                config.encode_config(cautious),
                 {**types_of, "TERNARY": flag, "CAUTIOUS": cautious},
                 (g_size, m_size), (m_size,), 1 + flag,
             )  # fmt: skip
@@ -116,7 +116,7 @@ def variants():
         constants = {"P": launch.TRITON_DTYPES[dtype], "ROUNDING": ROUNDINGS.index(rounding)}
         yield Variant(
             "apply", f"{p}, planes {planes}, {rounding}" + ", cautious" * cautious,
-            launch.apply_config(planes),
+            config.apply_config(planes),
             {**constants, "PLANES": planes, "CAUTIOUS": cautious}, sizes, sizes, planes,
         )  # fmt: skip
 
@@ -136,7 +136,7 @@ def compiled_for(variant, target):
         if kind.startswith("*")
     }
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options=launch.options(variant.config))
+    return triton.compile(source, target=target, options=config.options(variant.config))
 
 
 def usage_of(cubin):

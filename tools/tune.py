@@ -1,4 +1,4 @@
-"""Sweeps the launch configs of kernels/launch.py on one CUDA GPU: the share of a plain kernel's
+"""Sweeps the launch configs of kernels/config.py on one CUDA GPU: the share of a plain kernel's
 bytes/s that each reaches, best first, a section for each config.
 
 Where the margin is small: 16-bit types, int8 momenta, ternary ballots, several planes, options, at
@@ -16,6 +16,7 @@ from tabulate import tabulate
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 import gpu
+from lion_kernels.kernels import config as launched
 from timing import Case, Report
 from workload import cold, in_turn, name_of, wrong_ops
 
@@ -33,11 +34,9 @@ REGISTERS = {4: (32, 64), 8: (32, 64, 80), 16: (64, 80, 96, 128), 32: (88, 96, 1
 
 
 def configs(shipped: Any, dry: bool) -> list[Any]:
-    """The one that launch.py has, and the grid."""
-    from lion_kernels.kernels import launch
-
+    """The one that ships, and the grid."""
     grid = [
-        launch.Config(block, warps, registers)
+        launched.Config(block, warps, registers)
         for block in (1024, 2048, 4096, 8192)
         for warps in (4, 8)
         for registers in REGISTERS.get(block // (32 * warps), ())
@@ -57,8 +56,6 @@ def refused(bench: gpu.Bench, variants: list[tuple[str, int]], kinds: tuple[str,
 
 def shares(bench: gpu.Bench, room: str, right: list[Any]) -> dict[str, list[float]]:
     """By workload: of each config, in their order."""
-    from lion_kernels.kernels import launch
-
     options, variants, kinds = ROOMS[room]
     places = [("flat", [[bench.flat[-1]]], kind) for kind in kinds]
     places += [("GPT-2", bench.gpt2, kind) for kind in ("fp32", "bf16")]
@@ -68,9 +65,9 @@ def shares(bench: gpu.Bench, room: str, right: list[Any]) -> dict[str, list[floa
         for variant in variants:
             cases = []
             for config in right:
-                setattr(launch, room, config)
+                setattr(launched, room, config)
                 call = in_turn([work.call(bench.ops, *variant) for work in works])
-                with_config = partial(run_with, launch, room, config, call)
+                with_config = partial(run_with, room, config, call)
                 cases.append((Case(str(config), with_config), *works[0].traffic(*variant)))
             label = f"{name_of(*variant)}, {kind}, {place}"
             results = gpu.shares(bench, label, cases)[-len(cases) :]
@@ -78,25 +75,23 @@ def shares(bench: gpu.Bench, room: str, right: list[Any]) -> dict[str, list[floa
     return found
 
 
-def run_with(launch: Any, room: str, config: Any, call: Any) -> None:
-    setattr(launch, room, config)
+def run_with(room: str, config: Any, call: Any) -> None:
+    setattr(launched, room, config)
     call()
 
 
 def tune(room: str, bench: gpu.Bench, report: Report) -> None:
-    from lion_kernels.kernels import launch
-
     _, variants, kinds = ROOMS[room]
-    shipped, notes, right = getattr(launch, room), [], []
+    shipped, notes, right = getattr(launched, room), [], []
     try:
         for config in configs(shipped, bench.is_dry):
-            setattr(launch, room, config)
+            setattr(launched, room, config)
             messages = refused(bench, variants, kinds)
             notes += [f"{config}: no time, {message}" for message in messages]
             right += [] if messages else [config]
         found = shares(bench, room, right)
     finally:
-        setattr(launch, room, shipped)
+        setattr(launched, room, shipped)
     rows = [
         {"block": c.block, "num_warps": c.num_warps, "registers": c.registers}
         | {label: round(values[i], 4) for label, values in found.items()}

@@ -11,17 +11,6 @@ import torch
 
 from lion_kernels import _ops
 
-WARM_UP = "a step must run once, with these parameters, before one is captured into a CUDA graph"
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether work on ``device`` is being recorded into a CUDA graph."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
 TRITON_OPS = ("lion_step", "count_agreeing", "encode", "apply")
 CUDA_OPS = ("tally", "elect")
 
@@ -62,6 +51,7 @@ def _not_built(*_: Any) -> None:
     raise RuntimeError(_NOT_BUILT)
 
 
+_ops.REQUIRED["cuda"] = require
 for _name in TRITON_OPS:
     torch.library.impl(f"lion_kernels::{_name}", "CUDA")(_triton(_name))
 if _ops._C is None or not _ops._C.build_info()["cuda"]:

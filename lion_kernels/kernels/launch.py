@@ -1,26 +1,26 @@
 """Launchers of the Triton kernels: the ops of _ops.py on CUDA tensors, one launch for all tensors
 of a list with equal types.
 
-Checks, tables and launch configs; no arithmetic, and nothing waits for the device: an lr, a grad
+Checks, tables and scalars; no arithmetic, and nothing waits for the device: an lr, a grad
 scale or a found_inf that lies there is read there. The interpreter runs them on CPU tensors.
 """
 
 import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from lion_kernels import _ops
+from lion_kernels.coins import ROUNDING_STREAM, stream_key
 from lion_kernels.kernels.apply import FLAG_WORDS, RANKS, _any_kernel, _apply_kernel
+from lion_kernels.kernels.config import AGREEING, apply_config, encode_config, options, step_config
 from lion_kernels.kernels.encode import _encode_kernel
 from lion_kernels.kernels.step import _agreeing_kernel, _step_kernel
 from lion_kernels.kernels.table import Launches, check_dense, identity, rows_by_dtypes, tables
 from lion_kernels.layout import pack_flags
-from lion_kernels.reference import ROUNDING_STREAM, mix64
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -28,51 +28,6 @@ TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.int8: tl.int8,
 }
-
-
-@dataclass(frozen=True)
-class Config:
-    """Elements of a tile (one program), its warps, and the registers that a thread may take:
-    tests/test_codegen.py shows that none spills."""
-
-    block: int
-    num_warps: int
-    registers: int
-
-
-# Not yet measured on a GPU: `make codegen` forecasts what each leaves to memory. 16 elements a
-# thread share its scalars, its table row and its addresses; with 64 registers a multiprocessor
-# holds 32 warps. Registers are a bound: most kernels take 54 to 64.
-# At 96, bfloat16 with int8 momenta and stochastic rounding spills 8 bytes on sm_100.
-STEP = Config(block=2048, num_warps=4, registers=104)
-# Skipping or cautious: with 16 elements a thread and 80 registers, float32 spills 80 bytes.
-STEP_WITH_OPTIONS = Config(block=2048, num_warps=8, registers=80)
-# At 64, float32 with int8 momenta spills 8 bytes on sm_100.
-ENCODE = Config(block=2048, num_warps=4, registers=72)
-# Cautious: at 80, float32 with float16 momenta spills 8 bytes.
-ENCODE_WITH_OPTIONS = Config(block=2048, num_warps=4, registers=96)
-AGREEING = Config(block=2048, num_warps=4, registers=64)
-# It reads one tensor: 32 elements a thread, to have as many bytes in flight as the others. At 80,
-# float32 with eight planes, cautious, spills 8 bytes, and so at 88 does bfloat16 with stochastic
-# rounding under triton 3.6; a multiprocessor holds five programs at 88 as at 96.
-APPLY = Config(block=4096, num_warps=4, registers=96)
-# More than eight planes: at 128, bfloat16 with 16 planes and compensated rounding spills 16 bytes
-# on sm_100 under triton 3.6.
-APPLY_MANY_PLANES = Config(block=4096, num_warps=4, registers=144)
-
-
-def apply_config(planes: int) -> Config:
-    return APPLY if planes <= 8 else APPLY_MANY_PLANES
-
-
-def options(config: Config) -> dict[str, object]:
-    """What the compiler is told. No fusing of its own: the kernels say themselves where a multiply
-    and an add are fused."""
-    return {
-        "num_warps": config.num_warps,
-        "maxnreg": config.registers,
-        "enable_fp_fusion": False,
-    }
 
 
 def _on(device: torch.device) -> AbstractContextManager:
@@ -155,7 +110,7 @@ def _rounding_of(rounding: str, dtype: torch.dtype) -> int:
 
 
 def _rounding_key(seed: int) -> int:
-    return _signed(mix64(mix64(seed) ^ (ROUNDING_STREAM % 2**64)))
+    return _signed(stream_key(seed, ROUNDING_STREAM))
 
 
 def _kept(params: Sequence[Tensor], lows: Sequence[Tensor] | None) -> list[Tensor | None]:
@@ -233,7 +188,7 @@ def lion_step(
     # Where every program reads `step`, none of them may write it.
     in_kernel = rounding != "stochastic"
     is_plain = nonfinite is None and not cautious and not cautious_decay
-    config = STEP if is_plain else STEP_WITH_OPTIONS
+    config = step_config(is_plain)
     with _on(device):
         found = tables(key, addresses, config.block, device, launches)
         for i, ((p_dtype, m_dtype), table) in enumerate(found):
@@ -328,10 +283,10 @@ def encode(
     _check_place(step, "step", device, torch.int64)
     _check_place(nonfinite, "nonfinite", device, torch.int64)
     complement1, complement2 = _complements(beta1, beta2, maximize)
-    coin_key = _signed(mix64(mix64(seed) ^ rank))
+    coin_key = _signed(stream_key(seed, rank))
     scale_address = _address(grad_scale, "grad_scale", device)
     found_inf_address = _address(found_inf, "found_inf", device)
-    config = ENCODE_WITH_OPTIONS if cautious else ENCODE
+    config = encode_config(cautious)
     with _on(device):
         found = tables(key, addresses, config.block, device, launches, flag_words)
         shards, planes, words_per_shard = ballot.shape

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lion_kernels.kernels import bits, is_capturing
+from lion_kernels.capture import is_capturing
+from lion_kernels.kernels import bits
 from lion_kernels.layout import words_of
 
 # One tensor of a list: pointers of p, g, m, low and scale (0: absent), elements, first word, place.

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import backends
 from common import Dispatched, Workers, bits_equal, exact, generator, lr_of, no_counts, step_of
 from lion_kernels import Lion, _ops, kernels, options, reference
-from lion_kernels.kernels import launch, table
+from lion_kernels.kernels import config, launch, table
 from lion_kernels.layout import BallotLayout
 
 pytestmark = pytest.mark.skipif(backends.HAS_CUDA, reason="the kernels are not interpreted here")
@@ -162,7 +162,7 @@ def test_an_lr_on_the_device_is_read_there(monkeypatch, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unaligned_tensors_are_correct(dtype, offset):
     """Any one of p, g and m off 16 bytes, over a whole tile and a rest."""
-    n = launch.STEP.block + 700
+    n = config.STEP.block + 700
     for moved in range(3):
         rooms = lists([n + 8], dtype, seed=offset) if dtype == torch.float32 else [
             [t.to(torch.bfloat16)] for (t,) in lists([n + 8], seed=offset)

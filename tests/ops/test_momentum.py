@@ -22,6 +22,7 @@ from common import (
     words,
 )
 from lion_kernels import Lion, reference
+from lion_kernels.int8 import dequantize, quantize
 from lion_kernels.kernels import momentum as momentum_kernels
 from lion_kernels.layout import BallotLayout
 
@@ -164,7 +165,7 @@ def test_every_magnitude(backend):
     check(q, scales, m)
     near = (twin(q, scales) - m).abs().view(277, 128) / scales.unsqueeze(1)
     assert (near[30:] <= (127**2 - 126.5**2) / 127**2 * (1 + 1e-6)).all()
-    assert torch.equal(reference.dequantize(q, scales), twin(q, scales))
+    assert torch.equal(dequantize(q, scales), twin(q, scales))
 
 
 @triton.jit
@@ -194,7 +195,7 @@ def test_roots_without_a_slow_path_are_exact():
 def test_storing_what_was_read_changes_nothing():
     q, scales = momentum(5000, generator(4))
     check(q, scales, twin(q, scales))
-    again, same_scales = reference.quantize(reference.dequantize(q, scales))
+    again, same_scales = quantize(dequantize(q, scales))
     assert torch.equal(again, q) and bits_equal(same_scales, scales)
 
 
@@ -223,7 +224,7 @@ def run(momentum_dtype, steps=200):
         opt.step()
     state = opt.state[p]
     n_bytes = sum(t.numel() * t.element_size() for t in state.values())
-    m = state["exp_avg"] if momentum_dtype != "int8" else reference.dequantize(*state.values())
+    m = state["exp_avg"] if momentum_dtype != "int8" else dequantize(*state.values())
     return p.detach(), m.float(), n_bytes / p.numel(), target
 
 
@@ -303,15 +304,13 @@ def test_the_memory_format_may_change():
     p = torch.nn.Parameter(x.contiguous())
     opt = Lion([p], **OPTIONS)
     train([p], opt, range(2))
-    m = reference.dequantize(*opt.state[p].values())
+    m = dequantize(*opt.state[p].values())
     p.data = p.data.contiguous(memory_format=torch.channels_last)
     p.grad = torch.zeros_like(p)
     opt.step()
-    want = reference.dequantize(
-        *reference.quantize(m.contiguous(memory_format=torch.channels_last))
-    )
-    want = reference.dequantize(*reference.quantize(want * torch.tensor(0.99)))
-    got = reference.dequantize(opt.state[p]["exp_avg"], opt.state[p]["exp_avg_scale"])
+    want = dequantize(*quantize(m.contiguous(memory_format=torch.channels_last)))
+    want = dequantize(*quantize(want * torch.tensor(0.99)))
+    got = dequantize(opt.state[p]["exp_avg"], opt.state[p]["exp_avg_scale"])
     assert opt.state[p]["exp_avg"].stride() == p.stride()
     torch.testing.assert_close(got, want, rtol=2**-6, atol=0.0)
 
@@ -322,7 +321,7 @@ def test_a_state_of_another_memory_format_is_cut_anew():
     opt, other = Lion([p], **OPTIONS), Lion([q], **OPTIONS)
     train([p], opt, range(2))
     other.load_state_dict(saved(opt))
-    m = reference.dequantize(opt.state[p]["exp_avg"], opt.state[p]["exp_avg_scale"])
+    m = dequantize(opt.state[p]["exp_avg"], opt.state[p]["exp_avg_scale"])
     check(other.state[q]["exp_avg"].flatten(), other.state[q]["exp_avg_scale"], m.flatten())
 
 

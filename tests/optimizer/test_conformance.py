@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lion_kernels import Lion, conformance
-from lion_kernels.reference import dequantize, quantize
+from lion_kernels.int8 import dequantize, quantize
 
 
 def failed(make):

@@ -7,56 +7,18 @@ collective would carry as integers. Parameters that are DTensors have DTensors a
 each rank saves its shard.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lion_kernels import _ops, kernels
-from lion_kernels.dense import is_dense, is_distributed, local
-from lion_kernels.layout import MOMENTUM_BLOCK, blocks_of
-from lion_kernels.reference import read_momentum, write_momentum
+from lion_kernels import _ops
+from lion_kernels.capture import check_not_capturing
+from lion_kernels.dense import is_dense, storage_order
+from lion_kernels.int8 import blocks_of, in_blocks, read_momentum, write_momentum
+from lion_kernels.shards import cut_of, is_distributed, local, scales_like, zero_scales
 
 KEYS = ("exp_avg", "exp_avg_scale", "compensation")
-
-
-def check_not_capturing(device: torch.device) -> None:
-    """A zero that is made while a graph is captured is made again by every replay."""
-    if kernels.is_capturing(device):
-        raise RuntimeError(kernels.WARM_UP)
-
-
-def _scales_like(p: Any) -> tuple[list[int], Sequence[Any]]:
-    """The shape of the scales of an int8 momentum, one for every block; for a DTensor the global
-    shape and its placements. They are cut where ``p`` is: (cuts of each dimension, blocks of the
-    largest shard), so that scales of another cut have another shape."""
-    if not is_distributed(p):
-        return [blocks_of(p.numel())], ()
-    from torch.distributed.tensor import Replicate, Shard
-
-    shape, cuts = list(p.shape), [1] * p.dim()
-    placements: list[Any] = []
-    for n_ranks, placement in zip(p.device_mesh.shape, p.placements, strict=True):
-        if placement.is_replicate():
-            placements.append(Replicate())
-        else:
-            cuts[placement.dim] *= n_ranks
-            shape[placement.dim] = -(-shape[placement.dim] // n_ranks)
-            placements.append(Shard(placement.dim))
-    return [*cuts, blocks_of(torch.Size(shape).numel())], placements
-
-
-def _zero_scales(p: Any) -> Tensor:
-    shape, placements = _scales_like(p)
-    check_not_capturing(p.device)
-    scales = torch.zeros(shape[-1], dtype=torch.float32, device=p.device)
-    if not is_distributed(p):
-        return scales
-    from torch.distributed.tensor import DTensor
-
-    here = scales.view(*[1] * p.dim(), -1)
-    return DTensor.from_local(here, p.device_mesh, placements, run_check=False)
 
 
 def scales_of(state: dict[str, Tensor]) -> Tensor:
@@ -112,7 +74,7 @@ def momentum(state: dict[str, Tensor], p: Tensor, dtype: torch.dtype | None) -> 
         state["exp_avg"] = _zeros(p, dtype)
         state.pop("exp_avg_scale", None)
         if dtype == torch.int8:
-            state["exp_avg_scale"] = _zero_scales(p)
+            state["exp_avg_scale"] = zero_scales(p)
         if "exp_avg" in before:
             write_momentum(*_parts(state), read_momentum(*_parts(before)))
     return local(state["exp_avg"])
@@ -157,11 +119,6 @@ def step_counter(group: dict[str, Any], device: torch.device) -> Tensor:
     return step
 
 
-def _cut(t: Any) -> Any:
-    """How a DTensor is cut; None for any other tensor."""
-    return (t.device_mesh, t.placements) if is_distributed(t) else None
-
-
 def check_fits(state: dict[str, Any], p: Tensor, where: str) -> None:
     """Raise ValueError where what is kept, or was saved, is not of the parameter's shape or is cut
     otherwise: a momentum is never broadcast."""
@@ -175,7 +132,7 @@ def check_fits(state: dict[str, Any], p: Tensor, where: str) -> None:
         is_number = t.is_floating_point() or t.is_complex() or t.dtype in (torch.int8, torch.int16)
         if not is_number or (t.is_complex() and not p.is_complex()):
             raise ValueError(f"the {key} of {where} must hold floats, got {t.dtype}")
-        cut, wanted = _cut(t), _cut(p)
+        cut, wanted = cut_of(t), cut_of(p)
         if cut != wanted:
             raise ValueError(
                 f"the {key} of {where} must be cut as the parameter, {wanted or 'not at all'}, "
@@ -193,7 +150,7 @@ _RECUT = (
 
 
 def _check_scales_fit(q: Tensor, scales: Any, p: Tensor, where: str) -> None:
-    shape, placements = _scales_like(p)
+    shape, placements = scales_like(p)
     if (
         not isinstance(scales, Tensor)
         or not is_dense(local(q))
@@ -212,9 +169,8 @@ def check_scales(q: Tensor, scales: Tensor, where: str) -> None:
     """Raise ValueError unless ``scales``, which fit, can be those of the saved int8 momentum ``q``:
     where a block has a scale, its largest element is +-127."""
     flat = scales_of({"exp_avg": q, "exp_avg_scale": scales})
-    sizes = local(q).as_strided((local(q).numel(),), (1,)).abs()  # of -128 in int8: -128
-    blocks = torch.nn.functional.pad(sizes, (0, -sizes.numel() % MOMENTUM_BLOCK))
-    top = blocks.view(-1, MOMENTUM_BLOCK).amax(1) if sizes.numel() > 0 else flat
+    sizes = storage_order(local(q)).abs()  # of -128 in int8: -128
+    top = in_blocks(sizes).amax(1) if sizes.numel() > 0 else flat
     if not (flat.isfinite().all() and torch.equal(top == 127, flat > 0)):
         raise ValueError(f"the exp_avg_scale of {where} is not that of its int8 exp_avg: {_RECUT}")
 

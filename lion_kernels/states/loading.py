@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from lion_kernels import interchange, states
 from lion_kernels.checks import check_rescale, label
 from lion_kernels.options import check_options, merged_at_load, momentum_dtype
+from lion_kernels.states import interchange, tensors
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,9 @@ class Loading:
         for key, p in zip(ids, where, strict=False):
             if key in unknown:
                 ours, theirs = interchange.split_state(unknown[key], where[p])
-                states.check_fits(ours, p, where[p])
+                tensors.check_fits(ours, p, where[p])
                 if "exp_avg_scale" in ours:
-                    states.check_scales(ours["exp_avg"], ours["exp_avg_scale"], where[p])
+                    tensors.check_scales(ours["exp_avg"], ours["exp_avg_scale"], where[p])
                 self.loaded[p], unknown[key] = ours, theirs
                 if not theirs:
                     del unknown[key]
@@ -58,8 +58,8 @@ class Loading:
             for p in group["params"]:
                 saved = self.loaded.get(p, {})
                 if "exp_avg" in saved:
-                    states.load_momentum(optimizer.state[p], p, momentum_dtype(group), saved)
+                    tensors.load_momentum(optimizer.state[p], p, momentum_dtype(group), saved)
                 if "compensation" in saved and group["rounding"] == "compensated":
-                    states.load_compensation(optimizer.state[p], p, saved)
+                    tensors.load_compensation(optimizer.state[p], p, saved)
         for sentence in dict.fromkeys(self.stays):
             logger.warning("load_state_dict: %s", sentence)

@@ -1,0 +1,27 @@
+"""What optimizers keep beside their parameters, what of it is saved, and how it comes back.
+
+tensors.py makes and moves it, interchange.py reads and writes the saved states of other Lions, and
+loading.py brings a saved state in. A plain step needs the names below alone.
+"""
+
+from lion_kernels.capture import check_not_capturing
+from lion_kernels.states.tensors import (
+    KEYS,
+    check_fits,
+    compensation,
+    momentum,
+    scales_of,
+    step_counter,
+    whole_parameter,
+)
+
+__all__ = [
+    "KEYS",
+    "check_fits",
+    "check_not_capturing",
+    "compensation",
+    "momentum",
+    "scales_of",
+    "step_counter",
+    "whole_parameter",
+]

@@ -1,0 +1,93 @@
+"""What may import what: leaves know leaves alone, optimizers and states know no kernel, nothing
+that ships knows the specification, and no circle closes."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import lion_kernels
+
+PACKAGE = Path(lion_kernels.__file__).parent
+LEAVES = {
+    f"lion_kernels.{name}" for name in ("capture", "coins", "dense", "int8", "layout", "shards")
+}
+KERNELS = "lion_kernels.kernels"
+REFERENCE = "lion_kernels.reference"
+
+
+def modules():
+    """The path of every module of the package, by its dotted name."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(tree, known):
+    """Which of the ``known`` modules a module imports, also within functions: of a package the
+    submodule, where it is one that is named."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name the package"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & known
+            found |= set() if inner <= known else {node.module}
+    return found & known
+
+
+def graph():
+    """Every module of the package, and those that it imports."""
+    paths = modules()
+    return {name: imported(ast.parse(path.read_text()), {*paths}) for name, path in paths.items()}
+
+
+def is_within(module, package):
+    return module == package or module.startswith(package + ".")
+
+
+def test_leaves_import_leaves_alone():
+    found = graph()
+    assert {name: found[name] - LEAVES for name in LEAVES} == {name: set() for name in LEAVES}
+
+
+def test_kernels_are_imported_by_kernels_alone():
+    """But for the package itself, which has them register their ops."""
+    for name, others in graph().items():
+        if not is_within(name, KERNELS) and name != "lion_kernels":
+            assert not [other for other in others if is_within(other, KERNELS)], name
+
+
+def test_nothing_imports_the_specification():
+    assert [name for name, others in graph().items() if REFERENCE in others] == []
+
+
+def test_no_circle():
+    assert list(TopologicalSorter(graph()).static_order())
+
+
+def loaded_by(*names):
+    """The modules that a fresh process has after it imported ``names``."""
+    code = f"import sys, {', '.join(names)}; print(*sys.modules, sep=chr(10))"
+    command = [sys.executable, "-c", code]
+    root = PACKAGE.parent
+    outcome = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    return set(outcome.stdout.split())
+
+
+def test_importing_the_package_loads_no_kernel_and_no_triton():
+    loaded = loaded_by("lion_kernels")
+    assert "lion_kernels.lion" in loaded
+    assert "triton" not in loaded
+    assert [name for name in loaded if name.startswith(KERNELS + ".")] == []
+
+
+def test_launching_and_conformance_load_no_specification():
+    loaded = loaded_by("lion_kernels.kernels.launch", "lion_kernels.conformance")
+    assert "lion_kernels.kernels.step" in loaded
+    assert REFERENCE not in loaded
