@@ -103,15 +103,6 @@ def _gradient(g: Tensor, param: Tensor, p: Tensor) -> Tensor:
     return g
 
 
-def _empty_buckets(settings: Settings) -> tuple[Bucket, Bucket]:
-    """For float64, and for the rest."""
-    double, rest = Bucket(is_double=True), Bucket()
-    rest.lows = [] if settings.rounding == "compensated" else None
-    for bucket in (double, rest):
-        bucket.scales = [] if settings.momentum_dtype == torch.int8 else None
-    return double, rest
-
-
 class Plan:
     """The buckets of parameters of a group, asked once: ``serves`` says in a few C loops whether
     they still hold. ``may_presume``: or the op notices, which looks at all of its tensors before
@@ -129,7 +120,10 @@ class Plan:
         chosen = set(indices)
         self.others = [i for i in range(len(self._group_params)) if i not in chosen]
         self._stored = (settings.momentum_dtype, settings.rounding)
-        double, rest = _empty_buckets(settings)
+        double, rest = Bucket(is_double=True), Bucket()
+        rest.lows = [] if settings.rounding == "compensated" else None
+        double.scales = [] if settings.momentum_dtype == torch.int8 else None
+        rest.scales = [] if settings.momentum_dtype == torch.int8 else None
         members = [self._group_params[i] for i in indices]
         doubles = [p for p in members if p.dtype in DOUBLES]
         # In the order of the buckets.

@@ -401,4 +401,4 @@ class Lion(Optimizer):
         """The state as ``library`` loads it: "lion-pytorch", "google", "timm", "optimi",
         "bitsandbytes" or "bitsandbytes-8bit". Momenta are float32 copies, of every momentum dtype
         and memory format; options are those that the library has."""
-        return interchange.exported(self, library)
+        return interchange.exported(self, library, self._kind)

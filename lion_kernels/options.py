@@ -72,26 +72,16 @@ def _momentum_name(_: str, value: Any) -> str | None:
     return None if value is None else name
 
 
-def momentum_dtype(group: Mapping[str, Any]) -> torch.dtype | None:
-    """The storage of the group's momenta; None: its parameters' own."""
-    name = _momentum_name("momentum_dtype", group["momentum_dtype"])
-    return None if name is None else MOMENTUM_DTYPES[name]
-
-
-def betas(group: Mapping[str, Any]) -> tuple[float, float]:
-    """beta1 and beta2 of a group; raises ValueError where they are no pair in [0, 1)."""
-    return _pair("betas", group["betas"])
-
-
-def _pair(name: str, pair: Any) -> tuple[float, float]:
+def _pair(name: str, pair: Any) -> Any:
     if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
         raise ValueError(f"{name} must be a pair of numbers in [0, 1), got {pair!r}")
-    beta1, beta2 = pair
-    return check_number("beta1", beta1, below=1.0), check_number("beta2", beta2, below=1.0)
+    for which, beta in zip(("beta1", "beta2"), pair, strict=True):
+        check_number(which, beta, below=1.0)
+    return pair
 
 
-def _as_given(check: Callable[[str, Any], Any], name: str, value: Any) -> Any:
-    check(name, value)
+def _size(name: str, value: Any) -> Any:
+    check_number(name, value)
     return value
 
 
@@ -157,11 +147,11 @@ TABLE = (
     Option(
         "betas", (0.9, 0.99), "a pair of numbers in [0, 1)",
         "how much of the momentum the update takes, and how much of it is kept",
-        partial(_as_given, _pair), in_group=True,
+        _pair, in_group=True,
     ),
     Option(
         "weight_decay", 0.0, "a number of at least 0", "decoupled, and multiplied by lr",
-        partial(_as_given, check_number), in_group=True,
+        _size, in_group=True,
     ),
     _choice(
         "aggregation", "majority", ("majority", "average"),
@@ -264,9 +254,9 @@ class Settings:
 
     lr: Tensor  # of one element
     betas: tuple[float, float]
-    weight_decay: float
+    weight_decay: float  # which the ops multiply with lr
     maximize: bool
-    momentum_dtype: torch.dtype | None
+    momentum_dtype: torch.dtype | None  # None: the parameter's own
     rounding: str
     skips: bool  # elements whose c is not finite
     cautious: bool
@@ -281,12 +271,15 @@ SETTINGS = (*GROUP_OPTIONS[LION], "reference_lr")
 def settings_of(group: dict[str, Any], kind: str) -> Settings:
     """Read and check a group's options; raises as check_options."""
     check_options(group, kind)
+    lr, decay = group["lr"], float(plain(group["weight_decay"]))
+    beta1, beta2 = map(plain, group["betas"])
+    dtype = group["momentum_dtype"]
     return Settings(
-        lr=lr_tensor(group),
-        betas=betas(group),
-        weight_decay=weight_decay(group),
+        lr=lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu"),
+        betas=(float(beta1), float(beta2)),
+        weight_decay=decay / group["reference_lr"] if group["independent_weight_decay"] else decay,
         maximize=bool(group["maximize"]),
-        momentum_dtype=momentum_dtype(group),
+        momentum_dtype=None if dtype is None else MOMENTUM_DTYPES[dtype],
         rounding=group["rounding"],
         skips=group["nonfinite"] == "skip",
         cautious=bool(group["cautious"]),
@@ -299,18 +292,6 @@ def can_change_unseen(group: Mapping[str, Any]) -> bool:
     """Whether a number of a group is in something that can be written in place."""
     numbers = group["lr"], group["weight_decay"], *group["betas"]
     return type(group["betas"]) is not tuple or not all(type(x) in (float, int) for x in numbers)
-
-
-def weight_decay(group: Mapping[str, Any]) -> float:
-    """What the ops multiply with lr."""
-    decay = float(plain(group["weight_decay"]))
-    return decay / group["reference_lr"] if group["independent_weight_decay"] else decay
-
-
-def lr_tensor(group: Mapping[str, Any]) -> Tensor:
-    """The group's lr as the 0-d tensor that the ops take."""
-    lr = group["lr"]
-    return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 
 def merged_at_load(

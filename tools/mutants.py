@@ -163,7 +163,7 @@ MUTANTS = [
      "first_word = wire.rank * buffers.layout.words_per_shard", "first_word = 0"),
     ("absence forgotten", "csrc/lion_cpu.cpp", "|= 1u << (i % kBitsPerWord)", "|= ~0u"),
     ("world instead of the group", "lion_kernels/vote/wire.py",
-     "_all_gather(received, sent, group=self.group,", "_all_gather(received, sent,"),
+     "_all_gather(received, sent, **self._how)", "_all_gather(received, sent, async_op=True)"),
     ("no broadcast", "lion_kernels/distributed.py", "if self._broadcast:", "if False:"),
     ("replicas compared with themselves", "lion_kernels/vote/agreement.py",
      "zip(*hashes.everyones, strict=True)", "zip(*hashes.everyones[:1], strict=True)"),

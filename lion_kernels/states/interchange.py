@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from lion_kernels.options import betas, plain, weight_decay
+from lion_kernels.options import Settings, plain, settings_of
 from lion_kernels.shards import cut_as, is_distributed
 from lion_kernels.states.tensors import KEYS, exact_momentum
 
@@ -78,14 +78,15 @@ def _in_8_bits(m: Tensor) -> dict[str, Tensor]:
     return {"state1": codes, "qmap1": qmap, "absmax1": absmax}
 
 
-def exported(optimizer: Optimizer, library: str) -> dict[str, Any]:
+def exported(optimizer: Optimizer, library: str, kind: str) -> dict[str, Any]:
     """An optimizer's state as ``library`` loads it; see Lion.export_state_dict."""
     if library not in LIBRARIES:
         raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {library!r}")
     packed = optimizer.state_dict()["param_groups"]
     out: dict[str, Any] = {"state": {}, "param_groups": []}
     for group, ids in zip(optimizer.param_groups, packed, strict=True):
-        out["param_groups"].append({**_exported_group(library, group), "params": ids["params"]})
+        theirs = _exported_group(library, group, settings_of(group, kind))
+        out["param_groups"].append({**theirs, "params": ids["params"]})
         steps = int(group.get("step", 1))
         for p, number in zip(group["params"], ids["params"], strict=True):
             if "exp_avg" in optimizer.state.get(p, {}):
@@ -109,13 +110,13 @@ def _exported_state(library: str, m: Tensor, p: Tensor, steps: int) -> dict[str,
     return {"exp_avg": m}
 
 
-def _exported_group(library: str, group: dict[str, Any]) -> dict[str, Any]:
+def _exported_group(library: str, group: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """The options of a group that ``library`` has, under its names."""
-    lr, (beta1, beta2) = group["lr"], betas(group)
+    lr, (beta1, beta2) = group["lr"], settings.betas
     if group["maximize"] and library != "timm":
         raise ValueError(f"{library} cannot maximize, and a group does")
     out: dict[str, Any] = {"lr": lr.item() if isinstance(lr, Tensor) else plain(lr)}
-    out["weight_decay"] = weight_decay(group)
+    out["weight_decay"] = settings.weight_decay
     if library == "optimi":
         is_half = any(p.dtype in (torch.bfloat16, torch.float16) for p in group["params"])
         return out | {

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from lion_kernels.checks import check_rescale, label
-from lion_kernels.options import check_options, merged_at_load, momentum_dtype
+from lion_kernels.options import check_options, merged_at_load, settings_of
 from lion_kernels.states import interchange, tensors
 
 logger = logging.getLogger(__name__)
@@ -54,11 +54,11 @@ class Loading:
     def write(self, optimizer: Optimizer) -> None:
         for group, before in zip(optimizer.param_groups, self.present, strict=True):
             group.update(merged_at_load(group, before, self.kind)[0], params=group["params"])
-            check_options(group, self.kind)
+            dtype = settings_of(group, self.kind).momentum_dtype
             for p in group["params"]:
                 saved = self.loaded.get(p, {})
                 if "exp_avg" in saved:
-                    tensors.load_momentum(optimizer.state[p], p, momentum_dtype(group), saved)
+                    tensors.load_momentum(optimizer.state[p], p, dtype, saved)
                 if "compensation" in saved and group["rounding"] == "compensated":
                     tensors.load_compensation(optimizer.state[p], p, saved)
         for sentence in dict.fromkeys(self.stays):

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -78,37 +78,33 @@ class Wire(ABC):
         """Run to its end what every rank runs."""
 
 
-def _started(transfer: Transfer | None) -> Transfer:
-    assert transfer is not None  # None would say that this rank is not in the group
-    return transfer
-
-
 class GroupWire(Wire):
     """A process group."""
 
     def __init__(self, group: ProcessGroup) -> None:
-        self.group = group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self._group = group
+        self._how: dict[str, Any] = {"group": group, "async_op": True}
 
     def _all_gather(self, received: Tensor, sent: Tensor) -> Transfer:
-        return _started(_all_gather(received, sent, group=self.group, async_op=True))
+        return cast(Transfer, _all_gather(received, sent, **self._how))
 
     def _all_to_all(self, received: Tensor, sent: Tensor) -> Transfer:
-        return _started(dist.all_to_all_single(received, sent, group=self.group, async_op=True))
+        return cast(Transfer, dist.all_to_all_single(received, sent, **self._how))
 
     def largest(self, tensor: Tensor) -> Transfer:
-        return _started(dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group, async_op=True))
+        return cast(Transfer, dist.all_reduce(tensor, dist.ReduceOp.MAX, **self._how))
 
     def broadcast(self, tensor: Tensor) -> Transfer:
-        source = dist.get_global_rank(self.group, 0)
-        return _started(dist.broadcast(tensor, src=source, group=self.group, async_op=True))
+        source = dist.get_global_rank(self._group, 0)
+        return cast(Transfer, dist.broadcast(tensor, src=source, **self._how))
 
     def values(self, value: Any, device: torch.device) -> Values:
         def ask() -> list[Any]:
             found: list[Any] = [None] * self.world_size
             # NCCL sends objects by way of the current device, which may be another rank's.
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                dist.all_gather_object(found, value, group=self.group)
+                dist.all_gather_object(found, value, group=self._group)
             return found
 
         return Values(ask)
