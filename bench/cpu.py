@@ -13,6 +13,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -20,17 +21,19 @@ from torch import Tensor
 
 import lion_kernels
 import timing
-from lion_kernels import reference
+from lion_kernels import _ops, reference
 from lion_kernels.int8 import MOMENTUM_BLOCK
 from lion_kernels.layout import words_of
 from lion_kernels.vote.buffers import Buffers
 from lion_kernels.vote.poll import Poll
 from timing import Case, Result
 
-OPS = torch.ops.lion_kernels
+OPS = _ops
 SETTINGS = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.1}
 LR = torch.tensor(SETTINGS["lr"], dtype=torch.float64)
-SCALARS = (*SETTINGS["betas"], SETTINGS["weight_decay"])
+# Of SETTINGS, what the ops take by keyword.
+BETAS = dict(zip(("beta1", "beta2"), SETTINGS["betas"], strict=True))
+RATES = {"lr": LR, "weight_decay": SETTINGS["weight_decay"]}
 STEP = torch.zeros((), dtype=torch.int64)
 OURS, FUSED = "lion_kernels Lion", "torch AdamW, fused"
 
@@ -59,14 +62,14 @@ def random_ballots(n: int, planes: int, words: int, device: str | torch.device =
 # Correct first: a kernel that differs from the reference has no time.
 
 
-def differs(op: str, args: list[object], written: list[Tensor], ops: object = OPS) -> bool:
+def differs(op: str, args: dict[str, Any], written: list[Tensor], ops: object = OPS) -> bool:
     """Whether the kernel writes anything else than the reference into ``written`` (among args)."""
     before = [t.clone() for t in written]
-    getattr(ops, op)(*args)
+    getattr(ops, op)(**args)
     ours = [t.clone() for t in written]
     for t, old in zip(written, before, strict=True):
         t.copy_(old)
-    getattr(reference, op)(*args)
+    getattr(reference, op)(**args)
     return not all(torch.equal(a, b) for a, b in zip(ours, written, strict=True))
 
 
@@ -76,18 +79,23 @@ def check_elementwise(dtype: torch.dtype) -> list[str]:
     p, g, m = ([torch.randn(n).to(dtype) for n in sizes] for _ in range(3))
     words, counter = sum(map(words_of, sizes)) + 3, torch.zeros(1, dtype=torch.int64)
     wrong, presence = [], torch.tensor([[0b1101]], dtype=torch.int32)
+    elements = {"grads": g, "exp_avgs": m}
     for skip in (None, counter):
-        if differs("lion_step", [p, g, m, LR, *SCALARS, False, skip], [*p, *m, counter]):
+        args = {"params": p, **elements, **RATES, **BETAS, "maximize": False, "nonfinite": skip}
+        if differs("lion_step", args, [*p, *m, counter]):
             wrong.append("lion_step")
     for planes in (1, 2):
         ballot = random_words(1, planes, words)
         flags = random_words(1, 4)
-        args = [g, m, ballot, flags, *SETTINGS["betas"], False, 0, 1, STEP, counter]
+        buffers = {"ballot": ballot, "flags": flags, "nonfinite": counter}
+        args = {**elements, **buffers, **BETAS, "maximize": False, "seed": 0, "rank": 1}
+        args["step"] = STEP
         if differs("encode", args, [*m, ballot, flags, counter]):
             wrong.append(f"encode, {planes} plane")
         verdict = random_ballots(1, planes, words)
         step = torch.zeros(1, dtype=torch.int64)
-        args = [p, verdict, presence, planes, LR, SETTINGS["weight_decay"], step]
+        args = {"params": p, "verdict": verdict, "presence": presence, "scale": planes, **RATES}
+        args["step"] = step
         if differs("apply", args, [*p, step]):
             wrong.append(f"apply, {planes} plane")
     return [f"{name}, {dtype}" for name in wrong]
@@ -101,12 +109,14 @@ def check_counts(ops: object = OPS) -> list[str]:
     ):  # fmt: skip
         poll = Poll(n, ballots=kind)
         ballots = random_ballots(n, poll.ballot_planes, 1_003)
+        counted = {"ballots": ballots, "scale": poll.scale}
         out = random_words(poll.tally_planes, 1_003)
-        if differs("tally", [ballots, out, poll.scale], [out], ops):
+        if differs("tally", {"tally": out, **counted}, [out], ops):
             wrong.append(f"tally, {n} {kind} ballots")
         for planes in {1, poll.verdict_planes}:
             out = random_words(planes, 1_003)
-            if differs("elect", [ballots, out, poll.scale, 5, 0, STEP], [out], ops):
+            args = {"verdict": out, **counted, "first_word": 5, "seed": 0, "step": STEP}
+            if differs("elect", args, [out], ops):
                 wrong.append(f"elect to {planes}, {n} {kind} ballots")
     return wrong
 
@@ -121,7 +131,7 @@ def check_optimizer(device: str | torch.device = "cpu") -> list[str]:
         for p, g in zip(params, grads, strict=True):
             p.grad = g.to(device)
         optimizer.step()
-        reference.lion_step(copies, grads, momenta, LR, *SCALARS, False, None)
+        reference.lion_step(copies, grads, momenta, **RATES, **BETAS, maximize=False)
     same = all(torch.equal(p.cpu(), c) for p, c in zip(params, copies, strict=True))
     return [] if same else ["Lion.step"]
 
@@ -195,10 +205,9 @@ def elementwise_cases(plain: ctypes.CDLL, dtype: torch.dtype, n: int) -> list[Ca
     ballot, two_planes = (random_ballots(1, planes, words_of(n)) for planes in (1, 2))
     suffix, kind = ("", "fp32") if dtype == torch.float32 else ("_bf16", "bf16")
     pointer, count = (lambda t: ctypes.c_void_p(t.data_ptr())), ctypes.c_int64(n)
-    betas, decay = SETTINGS["betas"], SETTINGS["weight_decay"]
     cases = []
 
-    def pair(name: str, op: Callable, args: tuple, loop: str, on: list[Tensor], planes: int):
+    def pair(name: str, op: Callable, loop: str, on: list[Tensor], planes: int):
         # A plane of bits is one eighth of a byte an element; the plain loop has none.
         loop_bytes = {"read3_write2": 5, "read2_write1": 3, "read1_write1": 2}[loop] * size * n
         call = partial(getattr(plain, loop + suffix), *map(pointer, on), count)
@@ -207,16 +216,20 @@ def elementwise_cases(plain: ctypes.CDLL, dtype: torch.dtype, n: int) -> list[Ca
             # The tensors go along: the pointers alone would not keep them.
             cases.append(Case(loop_name, lambda call=call, on=on: call(), loop_bytes))
         n_bytes = loop_bytes + planes * n // 8
-        cases.append(Case(f"{name}, {kind}", partial(op, *args), n_bytes, loop_name, 0.85))
+        cases.append(Case(f"{name}, {kind}", op, n_bytes, loop_name, 0.85))
 
-    step_args = ([p], [g], [m], LR, *SCALARS, False, None)
-    pair("lion_step", OPS.lion_step, step_args, "read3_write2", [p, g, m], 0)
+    step = partial(OPS.lion_step, [p], [g], [m], **RATES, **BETAS, maximize=False)
+    pair("lion_step", step, "read3_write2", [p, g, m], 0)
     flags = torch.zeros(1, 4, dtype=torch.int32)
-    encode_args = ([g], [m], ballot, flags, *betas, False, 0, 0, STEP, counter)
-    pair("encode", OPS.encode, encode_args, "read2_write1", [g, m], 1)
+    encode = partial(
+        OPS.encode, [g], [m], ballot, flags=flags, **BETAS, maximize=False, seed=0, rank=0,
+        step=STEP, nonfinite=counter,
+    )  # fmt: skip
+    pair("encode", encode, "read2_write1", [g, m], 1)
     for planes, verdict in ((1, ballot), (2, two_planes)):
-        args = ([p], verdict, present, planes, LR, decay, torch.zeros(1, dtype=torch.int64))
-        pair(f"apply, {planes} plane", OPS.apply, args, "read1_write1", [p], planes)
+        steps = torch.zeros(1, dtype=torch.int64)
+        apply = partial(OPS.apply, [p], verdict, present, scale=planes, **RATES, step=steps)
+        pair(f"apply, {planes} plane", apply, "read1_write1", [p], planes)
     return cases
 
 
@@ -291,12 +304,13 @@ def count_cases(plain: ctypes.CDLL, poll: Poll, words: int) -> list[Case]:
         plain.copy(*args, ctypes.c_int64(total // 8))
 
     cases = [Case(copy, run_copy, total // 8 * 8)]
+    place = {"first_word": 0, "seed": 0, "step": STEP}
     for name, op, out, rest in (
-        ("tally", OPS.tally, tally, ()),
-        ("elect", OPS.elect, verdict, (0, 0, STEP)),
-        ("elect with coins", OPS.elect, coin, (0, 0, STEP)),
+        ("tally", OPS.tally, tally, {}),
+        ("elect", OPS.elect, verdict, place),
+        ("elect with coins", OPS.elect, coin, place),
     ):
-        call = partial(op, ballots, out, poll.scale, *rest)
+        call = partial(op, ballots, out, poll.scale, **rest)
         n_bytes, target = ballots.nbytes + out.nbytes, 0.7 if poll.voters == 8 else None
         cases.append(Case(f"{name}, {kind}", call, n_bytes, copy, target))
     return cases

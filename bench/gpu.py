@@ -28,7 +28,7 @@ import lion_kernels
 import peers
 import timing
 import workload
-from cpu import FUSED, SETTINGS, gpt2_shapes, random_ballots, random_words
+from cpu import FUSED, OPS, SETTINGS, gpt2_shapes, random_ballots, random_words
 from lion_kernels.vote.poll import Poll
 from peers import KINDS, OURS, parameters
 from timing import Case, Report, Result
@@ -78,7 +78,7 @@ def bench_on(rounds: int, dry: bool) -> Bench:
     device = torch.device("cuda", torch.cuda.current_device())
     memory = torch.cuda.get_device_properties(device).total_memory
     return Bench(
-        device, torch.ops.lion_kernels, backends.gpu(),
+        device, OPS, backends.gpu(),
         timing.How(rounds, warmup=3, clock=timing.device_clock, enough_s=0.006),
         flat=(1_000_000_000, 100_000_000), gpt2=gpt2_shapes(), many=[[50_000]] * 2_000,
         ragged=(50_021, 1, 33, 4_096), ballot_bytes=1_000_000_000,
@@ -185,7 +185,9 @@ def tally_section(bench: Bench, report: Report) -> None:
         step = torch.zeros(1, dtype=torch.int64, device=bench.device)
         target = 0.92 if n >= 8 else None
         counted = partial(bench.ops.tally, ballots, tally, poll.scale)
-        elected = partial(bench.ops.elect, ballots, verdict, poll.scale, 0, 0, step)
+        elected = partial(
+            bench.ops.elect, ballots, verdict, poll.scale, first_word=0, seed=0, step=step
+        )
         cases = [
             (Case("tally", counted, target=target), ballots.nbytes, tally.nbytes),
             (Case("elect", elected, target=target), ballots.nbytes, verdict.nbytes),
@@ -230,14 +232,13 @@ def launches_section(bench: Bench, report: Report) -> None:
     work = Workload(bench.gpt2, "fp32", bench.device)
     params = parameters(bench.gpt2, torch.float32, bench.device)
     ballots = random_ballots(8, 1, work.layout.words_per_shard, bench.device)
-    encode = list(work.arguments("encode", 1)[0])
-    encode[2] = ballots[:1]
+    encode = {**work.arguments("encode", 1)[0], "ballot": ballots[:1]}
     verdict = work.words(2)
 
     def vote() -> None:
-        bench.ops.encode(*encode)
-        bench.ops.elect(ballots, verdict[0], 8, 0, 0, work.step)
-        bench.ops.apply(*work.arguments("apply", 2)[0])
+        bench.ops.encode(**encode)
+        bench.ops.elect(ballots, verdict[0], 8, first_word=0, seed=0, step=work.step)
+        bench.ops.apply(**work.arguments("apply", 2)[0])
 
     rows = []
     optimizer = lion_kernels.Lion(params, **SETTINGS)

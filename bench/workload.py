@@ -13,7 +13,7 @@ from torch import Tensor
 
 import cpu
 import peers
-from cpu import LR, SCALARS, SETTINGS, random_ballots
+from cpu import BETAS, RATES, random_ballots
 from lion_kernels.int8 import quantize
 from lion_kernels.layout import BallotLayout
 from peers import KINDS
@@ -73,25 +73,28 @@ class Workload:
             self._words[planes] = random_ballots(1, planes, room, self.device)
         return self._words[planes]
 
-    def arguments(self, op: str, planes: int) -> tuple[list[Any], list[Tensor]]:
-        """What the op takes, and those of it that it writes."""
+    def arguments(self, op: str, planes: int) -> tuple[dict[str, Any], list[Tensor]]:
+        """What the op takes, by name, and those of it that it writes."""
         if op == "lion_step":
-            counter, cautious = self.counter if self.options else None, self.options
-            args = [self.params, self.grads, self.exp_avgs, LR, *SCALARS, False, counter]
-            args += [None, None, "nearest", None, 0, None, cautious, cautious, self.scales]
+            args = {"params": self.params, "grads": self.grads, "exp_avgs": self.exp_avgs}
+            args |= {**RATES, **BETAS, "maximize": False, "scales": self.scales}
+            args |= {"cautious": self.options, "cautious_decay": self.options}
+            args["nonfinite"] = self.counter if self.options else None
             return args, [*self.params, *self.exp_avgs, *(self.scales or ()), self.counter]
         words = self.words(planes)
         if op == "encode":
-            args = [self.grads, self.exp_avgs, words, self.flags, *SETTINGS["betas"], False, 0, 0]
-            args += [self.step, self.counter, None, None, self.options, self.scales]
+            args = {"grads": self.grads, "exp_avgs": self.exp_avgs, "scales": self.scales}
+            args |= {"ballot": words, "flags": self.flags, **BETAS, "maximize": False}
+            args |= {"seed": 0, "rank": 0, "step": self.step, "nonfinite": self.counter}
+            args["cautious"] = self.options
             written = [*self.exp_avgs, words, self.flags, self.counter]
             return args, [*written, *(self.scales or ())]
-        args = [self.params, words, self.flags, SCALES[planes], LR, SETTINGS["weight_decay"]]
-        args += [self.step, None, "nearest", None, 0, self.options]
+        args = {"params": self.params, "verdict": words, "presence": self.flags, **RATES}
+        args |= {"scale": SCALES[planes], "step": self.step, "cautious_decay": self.options}
         return args, [*self.params, self.step]
 
     def call(self, ops: Any, op: str, planes: int) -> Callable[[], object]:
-        return partial(getattr(ops, op), *self.arguments(op, planes)[0])
+        return partial(getattr(ops, op), **self.arguments(op, planes)[0])
 
     def traffic(self, op: str, planes: int) -> tuple[int, int]:
         """Bytes read and written; a plane of bits is one eighth of a byte an element."""

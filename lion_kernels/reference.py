@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lion_kernels import _ops
+from lion_kernels._ops import checked
 from lion_kernels.coins import GAMMA, ROUNDING_STREAM, TIE_STREAM, mix64, stream_key
 from lion_kernels.dense import like_storage, storage_order
 from lion_kernels.int8 import read_momentum, write_momentum
@@ -71,6 +71,7 @@ def _cautious(sign: Tensor, g: Tensor, maximize: bool) -> Tensor:
     return torch.where(sign == g.float().sign() * (-1 if maximize else 1), sign, 0.0)
 
 
+@checked
 def lion_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -96,11 +97,6 @@ def lion_step(
     p = p * (1 - lr * weight_decay) - lr * sign(c), with sign(NaN) = NaN. Cautious: a sign that is
     not g's is 0; with ``agreeing``, the update is multiplied by elements / (agreeing + 1). Cautious
     decay: no decay where sign(c) * p < 0."""
-    _ops.check_lion_step(
-        params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite, grad_scale,
-        found_inf, rounding, lows, seed, step, cautious, cautious_decay, scales,
-        agreeing,
-    )  # fmt: skip
     if _is_set(found_inf):
         return
     decay = _f32(1 - lr.item() * weight_decay)
@@ -129,6 +125,7 @@ def lion_step(
         step += 1
 
 
+@checked
 def count_agreeing(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -139,14 +136,12 @@ def count_agreeing(
     scales: Sequence[Tensor] | None = None,
 ) -> None:
     """Adds to agreeing[i] the elements of tensor i where sign(c) is g's, as g is descended."""
-    _ops.check_count_agreeing(
-        grads, exp_avgs, agreeing, beta1, maximize, grad_scale, scales
-    )  # fmt: skip
     for i, (g, exp_avg) in enumerate(zip(grads, exp_avgs, strict=True)):
         c = _interpolate(read_momentum(exp_avg, _scale(scales, i)), g, beta1, maximize, grad_scale)
         agreeing[i] += (_cautious(c.sign(), g, maximize).abs() == 1).sum()
 
 
+@checked
 def encode(
     grads: Sequence[Tensor | None],
     exp_avgs: Sequence[Tensor],
@@ -167,10 +162,6 @@ def encode(
     """vote = sign(c), sent as v = (vote + 1) / 2 (one plane; a zero vote is a coin) or
     v = vote + 1 (two planes). A non-finite c votes zero and leaves its momentum; cautious, a vote
     that is not the gradient's sign is zero. Bit t of the flags: whether tensor t has a gradient."""
-    _ops.check_encode(
-        grads, exp_avgs, ballot, flags, beta1, beta2, maximize, seed, rank, step, nonfinite,
-        grad_scale, found_inf, cautious, scales,
-    )  # fmt: skip
     if _is_set(found_inf):
         return
     shards, n_planes, words_per_shard = ballot.shape
@@ -201,18 +192,18 @@ def encode(
     flags.copy_(pack(present, 1))
 
 
+@checked
 def tally(ballots: Tensor, tally: Tensor, scale: int) -> None:
     """The sum of the ballots' integers."""
-    _ops.check_tally(ballots, tally, scale)
     tally.copy_(pack(unpack(ballots).sum(0), tally.shape[0]))
 
 
+@checked
 def elect(
     ballots: Tensor, verdict: Tensor, scale: int, first_word: int, seed: int, step: Tensor
 ) -> None:
     """The sum v of the ballots against scale / 2. One plane: 1 where v is more, or a tie's coin
     falls so; two planes: 0, 1 or 2 where v is less, equal or more."""
-    _ops.check_elect(ballots, verdict, scale, first_word, seed, step)
     twice = 2 * unpack(ballots).sum(0)
     if verdict.shape[0] == 2:
         v = (twice >= scale).long() + (twice > scale).long()
@@ -222,6 +213,7 @@ def elect(
     verdict.copy_(pack(v, verdict.shape[0]))
 
 
+@checked
 def apply(
     params: Sequence[Tensor],
     verdict: Tensor,
@@ -239,10 +231,6 @@ def apply(
     """p = p * (1 - lr * weight_decay) - (lr / scale) * (2 * v - scale), for tensors that any rank
     flagged as present; the others are left alone. Cautious decay: none where (2 * v - scale) * p
     is below 0."""
-    _ops.check_apply(
-        params, verdict, presence, scale, lr, weight_decay, step, found_inf, rounding, lows, seed,
-        cautious_decay,
-    )  # fmt: skip
     if _is_set(found_inf):
         return
     put = _Rounding(params, rounding, lows, seed, step)

@@ -2,12 +2,17 @@
 that ships knows the specification, and no circle closes."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+import torch
+
 import lion_kernels
+from lion_kernels import _ops, reference
 
 PACKAGE = Path(lion_kernels.__file__).parent
 LEAVES = {
@@ -91,3 +96,26 @@ def test_launching_and_conformance_load_no_specification():
     loaded = loaded_by("lion_kernels.kernels.launch", "lion_kernels.conformance")
     assert "lion_kernels.kernels.step" in loaded
     assert REFERENCE not in loaded
+
+
+@pytest.mark.parametrize("name", _ops.SCHEMAS)
+def test_an_op_has_one_list_of_arguments(name):
+    """The schema's, the check's and the specification's have the same names and defaults."""
+    schema = getattr(torch.ops.lion_kernels, name).default._schema.arguments
+    declared = [(a.name, a.default_value if a.has_default_value() else None) for a in schema]
+    for function in (getattr(_ops, name), _ops.CHECKS[name], getattr(reference, name)):
+        parameters = inspect.signature(function).parameters.values()
+        defaults = [None if p.default is p.empty else p.default for p in parameters]
+        assert list(zip([p.name for p in parameters], defaults, strict=True)) == declared
+
+
+def test_an_op_by_keyword_is_the_op():
+    ballots, tally = torch.tensor([[[5]], [[3]]], dtype=torch.int32), torch.empty(2, 1).int()
+    _ops.tally(ballots=ballots, scale=2, tally=tally)
+    assert tally.flatten().tolist() == [5 ^ 3, 5 & 3]
+    params, grads, momenta = ([torch.ones(3)] for _ in range(3))
+    _ops.lion_step(
+        params, grads, momenta, lr=torch.tensor(0.5), beta1=0.25, beta2=0.5, weight_decay=0.0,
+        maximize=True,
+    )  # fmt: skip
+    assert params[0].tolist() == [1.5] * 3

@@ -2,12 +2,14 @@
 of a list with equal types.
 
 Checks, tables and scalars; no arithmetic, and nothing waits for the device: an lr, a grad
-scale or a found_inf that lies there is read there. The interpreter runs them on CPU tensors.
+scale or a found_inf that lies there is read there. Launchers keep their arguments for the op's
+check, which only lists that are new need. The interpreter runs them on CPU tensors.
 """
 
 import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import triton.language as tl
@@ -155,21 +157,20 @@ def lion_step(
     agreeing: Tensor | None = None,
 ) -> None:
     """See reference.lion_step."""
+    check = partial(_ops.CHECKS["lion_step"], **locals())
     device = params[0].device if params else lr.device
 
     def launches() -> Launches:
-        _ops.check_lion_step(
-            params, grads, exp_avgs, lr, beta1, beta2, weight_decay, maximize, nonfinite,
-            grad_scale, found_inf, rounding, lows, seed, step, cautious, cautious_decay, scales,
-            agreeing,
-        )  # fmt: skip
+        check()
         check_dense(params, "params", params)
         check_dense(grads, "grads", params)
         check_dense(exp_avgs, "exp_avgs", params)
         kept = _kept(params, lows)
         check_dense(kept, "lows", params)
         used = _used(exp_avgs, scales)
-        return rows_by_dtypes(params, grads, exp_avgs, kept, used, (params, exp_avgs))
+        return rows_by_dtypes(
+            params, grads, exp_avgs, lows=kept, scales=used, decided_by=(params, exp_avgs)
+        )
 
     tensors, addresses = identity(grads, params, exp_avgs, lows or (), scales or ())
     scalars = _shapes(lr, grad_scale, found_inf, step)
@@ -190,7 +191,7 @@ def lion_step(
     is_plain = nonfinite is None and not cautious and not cautious_decay
     config = step_config(is_plain)
     with _on(device):
-        found = tables(key, addresses, config.block, device, launches)
+        found = tables(key, addresses, config.block, device=device, launches=launches)
         for i, ((p_dtype, m_dtype), table) in enumerate(found):
             _step_kernel[(table.n_tiles,)](
                 table.rows, table.tile_rows, table.rows if nonfinite is None else nonfinite,
@@ -218,21 +219,24 @@ def count_agreeing(
     scales: Sequence[Tensor] | None = None,
 ) -> None:
     """See reference.count_agreeing."""
+    check = partial(_ops.CHECKS["count_agreeing"], **locals())
     device = agreeing.device
 
     def launches() -> Launches:
-        _ops.check_count_agreeing(grads, exp_avgs, agreeing, beta1, maximize, grad_scale, scales)
+        check()
         check_dense(grads, "grads", grads, device)
         check_dense(exp_avgs, "exp_avgs", grads)
         absent, used = [None] * len(grads), _used(exp_avgs, scales)
-        return rows_by_dtypes(absent, grads, exp_avgs, absent, used, (grads, exp_avgs))
+        return rows_by_dtypes(
+            absent, grads, exp_avgs, lows=absent, scales=used, decided_by=(grads, exp_avgs)
+        )
 
     tensors, addresses = identity(grads, exp_avgs, scales or ())
     key = ("count_agreeing", *tensors, *_layouts(agreeing), *_shapes(grad_scale))
     complement1, _ = _complements(beta1, 0.0, maximize)
     scale_address = _address(grad_scale, "grad_scale", device)
     with _on(device):
-        found = tables(key, addresses, AGREEING.block, device, launches)
+        found = tables(key, addresses, AGREEING.block, device=device, launches=launches)
         for (g_dtype, m_dtype), table in found:
             _agreeing_kernel[(table.n_tiles,)](
                 table.rows, table.tile_rows, agreeing, beta1, complement1, scale_address,
@@ -259,20 +263,26 @@ def encode(
     scales: Sequence[Tensor] | None = None,
 ) -> None:
     """See reference.encode."""
+    check = partial(_ops.CHECKS["encode"], **locals())
     device = ballot.device
 
     def launches() -> Launches:
-        _ops.check_encode(
-            grads, exp_avgs, ballot, flags, beta1, beta2, maximize, seed, rank, step, nonfinite,
-            grad_scale, found_inf, cautious, scales,
-        )  # fmt: skip
+        check()
         n_words = ballot.shape[0] * ballot.shape[2]
         _check_words(ballot, "ballot", device, n_words)
         _check_words(flags, "flags", device)
         check_dense(exp_avgs, "exp_avgs", exp_avgs, device)
         check_dense(grads, "grads", exp_avgs)
         absent, used = [None] * len(exp_avgs), _used(exp_avgs, scales)
-        return rows_by_dtypes(absent, grads, exp_avgs, absent, used, (grads, exp_avgs), n_words)
+        return rows_by_dtypes(
+            absent,
+            grads,
+            exp_avgs,
+            lows=absent,
+            scales=used,
+            decided_by=(grads, exp_avgs),
+            n_words=n_words,
+        )
 
     def flag_words() -> list[int]:
         return pack_flags([g is not None for g in grads], flags.shape[1])
@@ -288,7 +298,9 @@ def encode(
     found_inf_address = _address(found_inf, "found_inf", device)
     config = encode_config(cautious)
     with _on(device):
-        found = tables(key, addresses, config.block, device, launches, flag_words)
+        found = tables(
+            key, addresses, config.block, device=device, launches=launches, flags=flag_words
+        )
         shards, planes, words_per_shard = ballot.shape
         for i, ((g_dtype, m_dtype), table) in enumerate(found):
             # The first launch has a program more for each shard, which writes its flags.
@@ -332,19 +344,19 @@ def apply(
     cautious_decay: bool = False,
 ) -> None:
     """See reference.apply."""
+    check = partial(_ops.CHECKS["apply"], **locals())
     device = verdict.device
 
     def launches() -> Launches:
-        _ops.check_apply(
-            params, verdict, presence, scale, lr, weight_decay, step, found_inf, rounding, lows,
-            seed, cautious_decay,
-        )  # fmt: skip
+        check()
         _check_words(verdict, "verdict", device, verdict.shape[0] * verdict.shape[2])
         _check_words(presence, "presence", device)
         check_dense(params, "params", params, device)
         absent, kept = [None] * len(params), _kept(params, lows)
         check_dense(kept, "lows", params)
-        return rows_by_dtypes(params, absent, absent, kept, absent, (params,))
+        return rows_by_dtypes(
+            params, absent, absent, lows=kept, scales=absent, decided_by=(params,)
+        )
 
     buffers = _layouts(verdict, presence)
     tensors, addresses = identity((), params, lows or ())
@@ -356,7 +368,7 @@ def apply(
     with _on(device):
         _, planes, words_per_shard = verdict.shape
         config = apply_config(planes)
-        found = tables(key, addresses, config.block, device, launches)
+        found = tables(key, addresses, config.block, device=device, launches=launches)
         flags = _joined(presence)
         for i, ((dtype,), table) in enumerate(found):
             _apply_kernel[(table.n_tiles,)](

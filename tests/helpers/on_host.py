@@ -46,11 +46,11 @@ class OnHost:
         return self._library.lion_launches()
 
     def tally(self, ballots, tally, scale):
-        _ops.check_tally(ballots, tally, scale)
+        _ops.CHECKS["tally"](ballots, tally, scale)
         self._count(ballots, tally, scale)
 
     def elect(self, ballots, verdict, scale, first_word, seed, step):
-        _ops.check_elect(ballots, verdict, scale, first_word, seed, step)
+        _ops.CHECKS["elect"](ballots, verdict, scale, first_word, seed, step)
         self._count(ballots, verdict, scale, first_word, seed, step)
 
     def _count(self, ballots, out, scale, first_word=0, seed=0, step=None):
