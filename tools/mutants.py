@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 # Which tests have to notice a mutant of the CPU's ops, of the Python code, of the GPU's kernels.
 ROOMS = ["tests/ops", "tests/vote/test_exchange.py", "tests/optimizer/test_contract.py"]
 USERS = [
-    "tests/optimizer", "tests/vote", "tests/ops/test_rounding.py", "tests/ops/test_momentum.py",
+    "tests/optimizer", "tests/states", "tests/vote", "tests/ops/test_rounding.py",
+    "tests/ops/test_momentum.py",
 ]  # fmt: skip
 GPU = ["tests/ops", "tests/gpu/test_launch.py"]
 
