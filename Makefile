@@ -1,6 +1,9 @@
 # Two commands do everything, set-up included:  make train   make test
 #
-#   make train | test | lint | bench | mutants | codegen | gpu-check | docs | clean
+#   make train | test | quick | lint | bench | mutants | codegen | gpu-check | docs | clean
+#   make quick               under a minute: leaves out tests/gpu, tests/tools and what is marked
+#                            slow: kernels in Triton's interpreter, conformance, gradient release,
+#                            torch.compile, a language model
 #   make PY=python3 test     that interpreter as it is: installs nothing, works offline
 #   make gpu-check OUT=DIR   all that it finds is in DIR, also when it fails or is killed
 #
@@ -22,7 +25,7 @@ SOURCES := setup.py lion_kernels/_version.py $(shell find csrc -type f)
 NATIVE := $(shell find csrc bench tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 BUILT := build/.built
 
-.PHONY: help train test lint format bench mutants codegen gpu-check docs clean built
+.PHONY: help train test quick lint format bench mutants codegen gpu-check docs clean built
 .DELETE_ON_ERROR:
 
 # The library in the tree belongs to one interpreter: another one builds its own.
@@ -41,6 +44,9 @@ train: built
 
 test: built
 	@PYTHONPATH=. $(RUN) -m pytest $(ARGS)
+
+quick: built
+	@PYTHONPATH=. $(RUN) -m pytest -m "not slow" $(addprefix tests/,ops vote states optimizer) $(ARGS)
 
 lint: $(ENV)
 	@$(RUN) -m ruff check .

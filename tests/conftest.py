@@ -5,8 +5,11 @@ import pytest
 import backends  # first: it says how Triton's kernels run
 from ranks import World
 
+# Triton's interpreter, or on a GPU its compiler.
+_marks = {backends.GPU: pytest.mark.slow}
 
-@pytest.fixture(params=backends.BACKENDS)
+
+@pytest.fixture(params=[pytest.param(b, marks=_marks.get(b, ())) for b in backends.BACKENDS])
 def backend(request):
     """Something with encode, tally, elect, apply and lion_step (backends.py)."""
     backend, restore = backends.select(request.param)

@@ -176,6 +176,7 @@ def _roots_kernel(x_ptr, reciprocal_ptr, root_ptr, steps_ptr, N: tl.constexpr):
     tl.store(steps_ptr + i, momentum_kernels._steps_over(root, half))
 
 
+@pytest.mark.slow
 def test_roots_without_a_slow_path_are_exact():
     """Every significand, with a reciprocal root up to 3 units in the last place off; PTX allows
     rsqrt.approx 2.1."""

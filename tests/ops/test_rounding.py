@@ -216,6 +216,7 @@ def language_model_loss(dtype, rounding, steps=200):
     return sum(losses[-50:]) / 50
 
 
+@pytest.mark.slow
 def test_a_language_model_in_pure_bfloat16():
     """Within 1 % of the float32 loss with either repair; not to nearest."""
     whole = language_model_loss(torch.float32, "nearest")

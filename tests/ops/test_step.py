@@ -235,6 +235,7 @@ def test_found_inf_changes_nothing(backend, dtype):
     assert bits_equal(p, before[0]) and bits_equal(m, before[1]) and counts.item() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m_dtype", STORAGE_DTYPES)
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
 def test_every_kernel_gives_the_same_bits(dtype, m_dtype):

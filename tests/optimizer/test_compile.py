@@ -9,6 +9,8 @@ from common import bits_equal, generator
 from eager import OPTIONS
 from lion_kernels import Lion
 
+pytestmark = pytest.mark.slow
+
 
 def test_beside_a_compiled_model():
     torch.manual_seed(0)

@@ -9,6 +9,8 @@ import torch
 from lion_kernels import Lion, conformance
 from lion_kernels.int8 import dequantize, quantize
 
+pytestmark = pytest.mark.slow
+
 
 def failed(make):
     return {name for name, (ok, _) in conformance.judge(make, "cpu").items() if ok is False}

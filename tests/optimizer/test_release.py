@@ -12,6 +12,7 @@ from common import bits_equal, generator
 from lion_kernels import Lion, release
 from ranks import World
 
+pytestmark = pytest.mark.slow
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.3}
 
 
