@@ -1,6 +1,12 @@
 """Fixtures: the op back ends, and worlds of real Gloo processes."""
 
+import os
+
 import pytest
+
+# Read when torch is imported. Threads that spin for their next loop take the cores from each other
+# where others run too: a test of small loops took 75 s on two busy cores, and 11 s without.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import backends  # first: it says how Triton's kernels run
 from ranks import World
