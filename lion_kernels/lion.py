@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lion_kernels import _ops, release, states
 from lion_kernels.alone import Alone
 from lion_kernels.bucket import Bucket, Plan
+from lion_kernels.capture import check_not_capturing
 from lion_kernels.checks import check_lr, check_members, check_rescale, label, require_kernels
 from lion_kernels.options import (
     GROUP_OPTIONS,
@@ -211,7 +212,7 @@ class Lion(Optimizer):
 
     def _counter(self, device: torch.device) -> Tensor:
         if device not in self._nonfinite:
-            states.check_not_capturing(device)
+            check_not_capturing(device)
             self._nonfinite[device] = torch.zeros(1, dtype=torch.int64, device=device)
         return self._nonfinite[device]
 

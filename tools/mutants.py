@@ -101,13 +101,13 @@ MUTANTS = [
     ("absent tensors vote -1", "csrc/lion_cpu.cpp",
      "run.plane0[i] = valid;", "run.plane0[i] = 0;"),
     ("rank 0 decides", "lion_kernels/vote/poll.py",
-     "        ops = torch.ops.lion_kernels\n",
-     "        ops = torch.ops.lion_kernels\n"
-     "        ballots = ballots[:1].expand_as(ballots).contiguous()\n"),
+     '        if self.aggregation == "average":\n            _ops',
+     "        ballots = ballots[:1].expand_as(ballots).contiguous()\n"
+     '        if self.aggregation == "average":\n            _ops'),
     ("momentum shared", "lion_kernels/vote/election.py",
-     "        encoded, applied = bucket, settings\n",
+     "        if bucket.is_double:\n            encoded",
      "        [self.wire.broadcast(m).wait() for m in bucket.exp_avgs]\n"
-     "        encoded, applied = bucket, settings\n"),
+     "        if bucket.is_double:\n            encoded"),
     ("lr of the group ignored", "lion_kernels/lion.py",
      "settings = settings_of(group, self._kind)",
      "settings = settings_of({**group, 'lr': self.defaults['lr']}, self._kind)"),
