@@ -205,12 +205,12 @@ def _check_ballots(ballots: Tensor, out: Tensor, name: str, scale: int) -> None:
     )
 
 
-P = ParamSpec("P")
+_P = ParamSpec("_P")
 SCHEMAS: dict[str, str] = {}
 CHECKS: dict[str, Callable[..., None]] = {}
 
 
-def op(schema: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+def op(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]]:
     """Declares an op of the name and with the arguments of the function below it, whose body is the
     check that every back end makes first, and all that the op does with fake tensors.
 
@@ -218,7 +218,7 @@ def op(schema: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
     for each keyword of its own, a Python function in front of it 0.05 (AMD EPYC, lion_step of one
     tensor of 64 elements: 5.1 us without keywords, 8.1 with 16, 5.5 so; 2026-11-26)."""
 
-    def declare(check: Callable[P, None]) -> Callable[P, None]:
+    def declare(check: Callable[_P, None]) -> Callable[_P, None]:
         name, names = check.__name__, ", ".join(inspect.signature(check).parameters)
         SCHEMAS[name], CHECKS[name] = schema, check
         torch.library.define(f"lion_kernels::{name}", schema)
@@ -232,12 +232,12 @@ def op(schema: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
     return declare
 
 
-def checked(computes: Callable[P, None]) -> Callable[P, None]:
+def checked(computes: Callable[_P, None]) -> Callable[_P, None]:
     """A function with the name and the arguments of an op, behind that op's check."""
     check = CHECKS[computes.__name__]
 
     @functools.wraps(computes)
-    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> None:
         check(*args, **kwargs)
         computes(*args, **kwargs)
 
