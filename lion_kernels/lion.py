@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lion_kernels import _ops, release, states
+from lion_kernels import native, release, states
 from lion_kernels.alone import Alone
 from lion_kernels.bucket import Bucket, Plan
 from lion_kernels.capture import check_not_capturing
@@ -139,7 +139,7 @@ class Lion(Optimizer):
         self, kind: str, params: ParamsT, mover: "Alone | Electorate", **given: Any
     ) -> None:
         """An optimizer with the options of ``kind`` (options.py), whose buckets ``mover`` moves."""
-        _ops.require_native()
+        native.require()
         options = checked(kind, given)
         self._kind, self._mover = kind, mover
         self.seed: int = options["seed"]
