@@ -1,7 +1,7 @@
 """The rooms on the GPU: Triton kernels that register into the op table of _ops.py for CUDA tensors.
 
-The tally of CUDA tensors is C++/CUDA (csrc/tally.cu) and registers itself where it was built. What
-is missing raises, and says what to install; Triton is imported at the first call.
+The tally of CUDA tensors is C++/CUDA (csrc/cuda/tally.cu) and registers itself where it was built.
+What is missing raises, and says what to install; Triton is imported at the first call.
 """
 
 import importlib
