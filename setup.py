@@ -54,7 +54,7 @@ def sources() -> tuple[list[str], list[str]]:
     wanted = os.environ.get("LION_KERNELS_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"LION_KERNELS_CUDA must be 0 or 1, got {wanted!r}")
-    cuda = sorted([*CSRC.rglob("*.cu"), *CSRC.rglob("*_cuda.cpp")])
+    cuda = sorted([*CSRC.glob("cuda/**/*.cu"), *CSRC.glob("cuda/**/*.cpp")])
     cpp = sorted(set(CSRC.rglob("*.cpp")) - set(cuda))
     home = Path(cpp_extension.CUDA_HOME or "none")
     possible = torch.version.cuda and (home / "include" / "cuda_runtime.h").is_file()
@@ -83,6 +83,7 @@ setup(
         Extension(
             "lion_kernels._C",
             cpp + cu,
+            include_dirs=[str(CSRC.resolve())],
             depends=sorted(str(path) for path in CSRC.rglob("*.h")),
             define_macros=[
                 ("LION_KERNELS_VERSION", f'"{VERSION}"'),

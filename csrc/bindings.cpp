@@ -3,7 +3,10 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
-#include "cpu.h"
+#include <string>
+
+#include "bitplanes.h"
+#include "simd/levels.h"
 
 #ifndef LION_KERNELS_VERSION
 #error "setup.py defines LION_KERNELS_VERSION"
@@ -21,7 +24,7 @@ PYBIND11_MODULE(_C, m) {
         info["torch"] = TORCH_VERSION;
         info["cuda"] = std::string(LION_KERNELS_CUDA_ARCHS) != "";
         info["cuda_archs"] = LION_KERNELS_CUDA_ARCHS;
-        info["simd"] = lion::rows().name;
+        info["simd"] = lion::simd_level().name;
         info["simd_levels"] = lion::simd_levels();
         info["bits_per_word"] = lion::kBitsPerWord;
         return info;

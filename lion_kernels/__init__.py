@@ -5,9 +5,9 @@ parameter. Importing compiles nothing and starts no device.
 """
 
 from lion_kernels import kernels as kernels
-from lion_kernels._ops import build_info
 from lion_kernels._version import __version__
 from lion_kernels.distributed import DistributedLion
 from lion_kernels.lion import Lion
+from lion_kernels.native import build_info
 
 __all__ = ["DistributedLion", "Lion", "__version__", "build_info"]

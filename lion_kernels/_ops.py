@@ -7,12 +7,9 @@ has the formulas.
 """
 
 import functools
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, ParamSpec
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -20,51 +17,9 @@ from torch import Tensor
 from lion_kernels.int8 import blocks_of
 from lion_kernels.layout import BITS_PER_WORD, MAX_SCALE, words_of
 
-_C: Any = None
-_load_error: ImportError | None = None
-try:
-    _C = importlib.import_module("lion_kernels._C")
-except ImportError as error:
-    _load_error = error
-
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 STORAGE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 MOMENTUM_DTYPES: tuple[torch.dtype, ...] = (*STORAGE_DTYPES, torch.int8)
-
-
-def _hidden_package() -> Path | None:
-    """Where another lion_kernels, with its compiled library, stands behind this one on the path."""
-    for folder in map(Path, sys.path):
-        package = folder / "lion_kernels"
-        if package != Path(__file__).parent and any(package.glob("_C*.so")):
-            return folder
-    return None
-
-
-def require_native() -> None:
-    """Raise RuntimeError unless the compiled library is loaded and fits this torch."""
-    if _C is None and (hidden := _hidden_package()) is not None:
-        raise RuntimeError(
-            f"the folder {Path(__file__).parent.parent} hides the lion_kernels that is installed "
-            f"in {hidden}: run Python in another folder"
-        )
-    if _C is None:
-        raise RuntimeError(
-            "lion_kernels was not built for this Python: run "
-            f"`pip install --no-build-isolation .` in its source ({_load_error})"
-        )
-    built, running = _C.build_info()["torch"], torch.__version__.split("+")[0]
-    if built != running:
-        raise RuntimeError(
-            f"lion_kernels was built for torch {built}, got {running}: build it again"
-        )
-
-
-def build_info() -> dict[str, object]:
-    """How the compiled library was built: version, torch, CUDA and its architectures, SIMD level
-    in use, SIMD levels of this machine, bits per word."""
-    require_native()
-    return dict(_C.build_info())
 
 
 # By device type: what raises, given ``vote``, where its back end lacks something. Back ends put it
@@ -205,12 +160,12 @@ def _check_ballots(ballots: Tensor, out: Tensor, name: str, scale: int) -> None:
     )
 
 
-P = ParamSpec("P")
+_P = ParamSpec("_P")
 SCHEMAS: dict[str, str] = {}
 CHECKS: dict[str, Callable[..., None]] = {}
 
 
-def op(schema: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+def op(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]]:
     """Declares an op of the name and with the arguments of the function below it, whose body is the
     check that every back end makes first, and all that the op does with fake tensors.
 
@@ -218,7 +173,7 @@ def op(schema: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
     for each keyword of its own, a Python function in front of it 0.05 (AMD EPYC, lion_step of one
     tensor of 64 elements: 5.1 us without keywords, 8.1 with 16, 5.5 so; 2026-11-26)."""
 
-    def declare(check: Callable[P, None]) -> Callable[P, None]:
+    def declare(check: Callable[_P, None]) -> Callable[_P, None]:
         name, names = check.__name__, ", ".join(inspect.signature(check).parameters)
         SCHEMAS[name], CHECKS[name] = schema, check
         torch.library.define(f"lion_kernels::{name}", schema)
@@ -232,12 +187,12 @@ def op(schema: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
     return declare
 
 
-def checked(computes: Callable[P, None]) -> Callable[P, None]:
+def checked(computes: Callable[_P, None]) -> Callable[_P, None]:
     """A function with the name and the arguments of an op, behind that op's check."""
     check = CHECKS[computes.__name__]
 
     @functools.wraps(computes)
-    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> None:
         check(*args, **kwargs)
         computes(*args, **kwargs)
 

@@ -6,12 +6,12 @@ Their work are generators, which yield what they wait for.
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lion_kernels import double
+from lion_kernels import _ops, double
 from lion_kernels.bucket import Bucket
 from lion_kernels.options import Settings
 from lion_kernels.scaling import Scaling
@@ -64,8 +64,9 @@ class Alone:
         if bucket.is_double:
             double.step(bucket, settings, scaling, nonfinite)
             return
-        torch.ops.lion_kernels.lion_step(
-            bucket.params, bucket.grads, bucket.exp_avgs,
+        grads = cast(list[Tensor], bucket.grads)  # none is missing: none abstains
+        _ops.lion_step(
+            bucket.params, grads, bucket.exp_avgs,
             lr=settings.lr, beta1=settings.betas[0], beta2=settings.betas[1],
             weight_decay=settings.weight_decay, maximize=settings.maximize, nonfinite=nonfinite,
             grad_scale=scaling.grad_scale, found_inf=scaling.found_inf,
@@ -79,8 +80,8 @@ class Alone:
 def _agreeing(bucket: Bucket, settings: Settings, scaling: Scaling) -> Tensor:
     """Of each tensor, the elements that a rescaled cautious update moves."""
     counts = torch.zeros(len(bucket.params), dtype=torch.int64, device=bucket.device)
-    torch.ops.lion_kernels.count_agreeing(
-        bucket.grads, bucket.exp_avgs, counts, beta1=settings.betas[0],
+    _ops.count_agreeing(
+        cast(list[Tensor], bucket.grads), bucket.exp_avgs, counts, beta1=settings.betas[0],
         maximize=settings.maximize, grad_scale=scaling.grad_scale, scales=bucket.scales,
     )  # fmt: skip
     return counts

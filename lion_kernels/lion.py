@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lion_kernels import _ops, release, states
+from lion_kernels import native, release, states
 from lion_kernels.alone import Alone
 from lion_kernels.bucket import Bucket, Plan
+from lion_kernels.capture import check_not_capturing
 from lion_kernels.checks import check_lr, check_members, check_rescale, label, require_kernels
 from lion_kernels.options import (
     GROUP_OPTIONS,
@@ -138,7 +139,7 @@ class Lion(Optimizer):
         self, kind: str, params: ParamsT, mover: "Alone | Electorate", **given: Any
     ) -> None:
         """An optimizer with the options of ``kind`` (options.py), whose buckets ``mover`` moves."""
-        _ops.require_native()
+        native.require()
         options = checked(kind, given)
         self._kind, self._mover = kind, mover
         self.seed: int = options["seed"]
@@ -211,7 +212,7 @@ class Lion(Optimizer):
 
     def _counter(self, device: torch.device) -> Tensor:
         if device not in self._nonfinite:
-            states.check_not_capturing(device)
+            check_not_capturing(device)
             self._nonfinite[device] = torch.zeros(1, dtype=torch.int64, device=device)
         return self._nonfinite[device]
 

@@ -1,7 +1,7 @@
 """The rooms on the GPU: Triton kernels that register into the op table of _ops.py for CUDA tensors.
 
-The tally of CUDA tensors is C++/CUDA (csrc/tally.cu) and registers itself where it was built. What
-is missing raises, and says what to install; Triton is imported at the first call.
+The tally of CUDA tensors is C++/CUDA (csrc/cuda/tally.cu) and registers itself where it was built.
+What is missing raises, and says what to install; Triton is imported at the first call.
 """
 
 import importlib
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lion_kernels import _ops
+from lion_kernels import _ops, native
 
 TRITON_OPS = ("lion_step", "count_agreeing", "encode", "apply")
 CUDA_OPS = ("tally", "elect")
@@ -29,7 +29,7 @@ def require(vote: bool) -> None:
     """Raise RuntimeError where the kernels for CUDA tensors are missing: Triton's, and, to count a
     vote, those of the CUDA build."""
     _launch()
-    if vote and not _ops.build_info()["cuda"]:
+    if vote and not native.build_info()["cuda"]:
         raise RuntimeError(_NOT_BUILT)
 
 
@@ -54,6 +54,6 @@ def _not_built(*_: Any) -> None:
 _ops.REQUIRED["cuda"] = require
 for _name in TRITON_OPS:
     torch.library.impl(f"lion_kernels::{_name}", "CUDA")(_triton(_name))
-if _ops._C is None or not _ops._C.build_info()["cuda"]:
+if native._C is None or not native._C.build_info()["cuda"]:
     for _name in CUDA_OPS:
         torch.library.impl(f"lion_kernels::{_name}", "CUDA")(_not_built)

@@ -4,8 +4,8 @@ A program handles BLOCK consecutive elements of one tensor: as one tile of BLOCK
 read and written 16 bytes at a time, or, at a tensor's end, across shards and where pointers are not
 aligned, as masked tiles of EDGE elements. The unit is the byte: a thread that loads eight elements
 in a row has all of it, and the wire's little-endian words are such bytes. The arithmetic is that of
-csrc/lion_rows.h, the coins are those of csrc/coin.h. Every load becomes float32 at once: Triton's
-interpreter computes in the storage type otherwise.
+csrc/simd/moments.h, the coins are those of csrc/coin.h. Every load becomes float32 at once:
+Triton's interpreter computes in the storage type otherwise.
 """
 
 import triton

@@ -1,15 +1,14 @@
 """Launchers of the Triton kernels: the ops of _ops.py on CUDA tensors, one launch for all tensors
 of a list with equal types.
 
-Checks, tables and scalars; no arithmetic, and nothing waits for the device: an lr, a grad
-scale or a found_inf that lies there is read there. Launchers keep their arguments for the op's
-check, which only lists that are new need. The interpreter runs them on CPU tensors.
+Checks, tables and scalars; no arithmetic, and nothing waits for the device: an lr, a grad scale or
+a found_inf that lies there is read there. A launcher first copies its arguments into ``given``, for
+the op's check, which only a list that is new needs. The interpreter runs them on CPU tensors.
 """
 
 import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 
 import torch
 import triton.language as tl
@@ -157,11 +156,11 @@ def lion_step(
     agreeing: Tensor | None = None,
 ) -> None:
     """See reference.lion_step."""
-    check = partial(_ops.CHECKS["lion_step"], **locals())
+    given = {**locals()}
     device = params[0].device if params else lr.device
 
     def launches() -> Launches:
-        check()
+        _ops.CHECKS["lion_step"](**given)
         check_dense(params, "params", params)
         check_dense(grads, "grads", params)
         check_dense(exp_avgs, "exp_avgs", params)
@@ -219,11 +218,11 @@ def count_agreeing(
     scales: Sequence[Tensor] | None = None,
 ) -> None:
     """See reference.count_agreeing."""
-    check = partial(_ops.CHECKS["count_agreeing"], **locals())
+    given = {**locals()}
     device = agreeing.device
 
     def launches() -> Launches:
-        check()
+        _ops.CHECKS["count_agreeing"](**given)
         check_dense(grads, "grads", grads, device)
         check_dense(exp_avgs, "exp_avgs", grads)
         absent, used = [None] * len(grads), _used(exp_avgs, scales)
@@ -263,11 +262,11 @@ def encode(
     scales: Sequence[Tensor] | None = None,
 ) -> None:
     """See reference.encode."""
-    check = partial(_ops.CHECKS["encode"], **locals())
+    given = {**locals()}
     device = ballot.device
 
     def launches() -> Launches:
-        check()
+        _ops.CHECKS["encode"](**given)
         n_words = ballot.shape[0] * ballot.shape[2]
         _check_words(ballot, "ballot", device, n_words)
         _check_words(flags, "flags", device)
@@ -344,11 +343,11 @@ def apply(
     cautious_decay: bool = False,
 ) -> None:
     """See reference.apply."""
-    check = partial(_ops.CHECKS["apply"], **locals())
+    given = {**locals()}
     device = verdict.device
 
     def launches() -> Launches:
-        check()
+        _ops.CHECKS["apply"](**given)
         _check_words(verdict, "verdict", device, verdict.shape[0] * verdict.shape[2])
         _check_words(presence, "presence", device)
         check_dense(params, "params", params, device)

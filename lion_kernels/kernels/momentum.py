@@ -1,5 +1,5 @@
 """How momenta are read as float32 and stored again: as they are, or int8 with a scale for every 128
-elements. The bits are those of csrc/momentum_rows.h; every program has whole blocks.
+elements. The bits are those of csrc/simd/int8.h; every program has whole blocks.
 """
 
 import triton

@@ -1,7 +1,7 @@
 """Parameters in a 16-bit type that really train: how they are read as float32 and stored again.
 
 NEAREST; STOCHASTIC, noise below the last kept bit, the rest cut off; COMPENSATED, a second tensor
-keeps what was dropped. The bits are those of csrc/rounding_rows.h.
+keeps what was dropped. The bits are those of csrc/simd/rounding.h.
 """
 
 import triton

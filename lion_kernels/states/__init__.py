@@ -4,7 +4,6 @@ tensors.py makes and moves it, interchange.py reads and writes the saved states 
 loading.py brings a saved state in. A plain step needs the names below alone.
 """
 
-from lion_kernels.capture import check_not_capturing
 from lion_kernels.states.tensors import (
     KEYS,
     check_fits,
@@ -18,7 +17,6 @@ from lion_kernels.states.tensors import (
 __all__ = [
     "KEYS",
     "check_fits",
-    "check_not_capturing",
     "compensation",
     "momentum",
     "scales_of",

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lion_kernels import double
+from lion_kernels import _ops, double
 from lion_kernels.bucket import Bucket
 from lion_kernels.options import Settings
 from lion_kernels.scaling import Scaling
@@ -79,14 +79,13 @@ class Electorate:
         """The election of a bucket of group ``number``. seed, step: of the coins; step, int64 (1,),
         advances by one; nonfinite, int64 (1,), counts votes that abstain as they are not finite."""
         assert step is not None and nonfinite is not None
-        buffers, ops = self._buffers_for(number, bucket), torch.ops.lion_kernels
-        encoded, applied = bucket, settings
+        buffers, encoded, applied = self._buffers_for(number, bucket), bucket, settings
         if bucket.is_double:
             encoded = double.ballot(bucket, settings, scaling)
             applied = double.ballot_settings(settings)
             # Other coins than those of the group's other ballot, at the same places.
             seed ^= _DOUBLES
-        ops.encode(
+        _ops.encode(
             encoded.grads, encoded.exp_avgs, buffers.ballot_planes,
             flags=buffers.ballot_flags, beta1=settings.betas[0],
             beta2=settings.betas[1], maximize=settings.maximize, seed=seed, rank=self.wire.rank,
@@ -96,7 +95,7 @@ class Electorate:
         )  # fmt: skip
         count = partial(self.poll.count, seed=seed, step=step)
         yield from self.exchange(self.wire, buffers, count)
-        ops.apply(
+        _ops.apply(
             encoded.params, buffers.verdict, buffers.presence,
             scale=self.poll.verdict_scale, lr=applied.lr, weight_decay=applied.weight_decay,
             step=step, found_inf=scaling.found_inf, rounding=applied.rounding, lows=encoded.lows,

@@ -7,9 +7,9 @@ scale s stands for 2 * v / s - 1. Knows no wire and no buffers.
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
+from lion_kernels import _ops
 from lion_kernels.layout import MAX_SCALE
 
 
@@ -68,8 +68,7 @@ class Poll:
     ) -> None:
         """The verdict (planes, words) of ballots (voters, planes, words), each int32. The words are
         those from ``first_word`` of the group on: coins are hashed from (seed, step, element)."""
-        ops = torch.ops.lion_kernels
         if self.aggregation == "average":
-            ops.tally(ballots, verdict, self.scale)
+            _ops.tally(ballots, verdict, self.scale)
         else:
-            ops.elect(ballots, verdict, self.scale, first_word=first_word, seed=seed, step=step)
+            _ops.elect(ballots, verdict, self.scale, first_word=first_word, seed=seed, step=step)

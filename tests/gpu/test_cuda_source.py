@@ -1,8 +1,8 @@
-"""The CUDA sources without a GPU: they compile, and the kernels are what csrc/tally.cu says.
+"""The CUDA sources without a GPU: they compile, and the kernels are what cuda/tally.cu says.
 
-Needs nvcc. One compilation of csrc/tally.cu for three architectures: about 15 s on two cores; the
-torch side is only parsed, about 15 s more. The layouts that choose between vectors and words are
-run on the host (on_host.py), bit-exact.
+Needs nvcc. One compilation of csrc/cuda/tally.cu for three architectures: about 15 s on two cores;
+the torch side is only parsed, about 15 s more. The layouts that choose between vectors and words
+are run on the host (on_host.py), bit-exact.
 """
 
 import os
@@ -65,7 +65,7 @@ def built(tmp_path_factory):
         *(nvcc, "-std=c++17", "-O3", "-lineinfo", "-Werror=all-warnings", "-Xptxas", "-v"),
         *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
         *("--threads", "2", "--keep", "--keep-dir", folder, f"-I{CSRC}"),
-        *("-c", CSRC / "tally.cu", "-o", folder / "tally.o"),
+        *("-c", CSRC / "cuda/tally.cu", "-o", folder / "tally.o"),
     )
     return folder, log, archs
 
@@ -184,7 +184,7 @@ def test_hipify_can_translate():
     known = {word for words in CUDA_TO_HIP_MAPPINGS for word in words}
     known |= {"__device__", "__host__", "__global__", "__forceinline__", "__launch_bounds__"}
     known |= {"__HIP_PLATFORM_AMD__", "__attribute__", "cuda_runtime"}  # the header has a prefix
-    for name in ("tally.cu", "tally.h", "bitplanes.h", "coin.h", "rows.h"):
+    for name in ("cuda/tally.cu", "cuda/tally.h", "tally_rows.h", "bitplanes.h", "coin.h"):
         text = re.sub(r"//.*", "", (CSRC / name).read_text())
         text = re.sub(
             r"#if defined\(__HIP_PLATFORM_AMD__\)(.*?)#else.*?#endif", r"\1", text, flags=re.S
@@ -195,7 +195,7 @@ def test_hipify_can_translate():
 
 
 def test_torch_side_parses():
-    """csrc/tally_cuda.cpp against the headers of this torch, which may be a build without CUDA."""
+    """cuda/tally_op.cpp against the headers of this torch, which may be a build without CUDA."""
     nvcc = Path(tool("nvcc") or "")
     homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", nvcc.parent.parent]
     includes = [home for home in map(Path, homes) if (home / "include/cuda_runtime.h").exists()]
@@ -212,5 +212,5 @@ def test_torch_side_parses():
         *("-Wall", "-Wextra", "-Werror"),
         *(() if generated.exists() else ("-DC10_USING_CUSTOM_GENERATED_MACROS",)),
         *(f"-isystem{folder}" for folder in folders),
-        CSRC / "tally_cuda.cpp",
+        *(f"-I{CSRC}", CSRC / "cuda/tally_op.cpp"),
     )

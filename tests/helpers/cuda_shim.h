@@ -1,4 +1,4 @@
-// As much of the CUDA runtime as csrc/tally.cu uses: a launch runs every thread in turn, here.
+// As much of the CUDA runtime as csrc/cuda/tally.cu uses: a launch runs every thread in turn, here.
 //
 // For tests without a GPU. It shows what a kernel computes, not how fast, and no race: threads that
 // communicate would need more.

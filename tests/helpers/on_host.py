@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/tally.cu, compiled for the host: a back end for tests without a GPU.
+"""The kernels of csrc/cuda/tally.cu, compiled for the host: a back end for tests without a GPU.
 
 Owns the compilation and the calls; the kernels run unchanged under cuda_shim.h.
 """

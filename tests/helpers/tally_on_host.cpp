@@ -1,7 +1,7 @@
-// csrc/tally.cu compiled for the host, with C entry points for on_host.py.
+// csrc/cuda/tally.cu compiled for the host, with C entry points for on_host.py.
 // clang-format off: the shim comes first.
 #include "cuda_shim.h"
-#include "../csrc/tally.cu"
+#include "cuda/tally.cu"
 // clang-format on
 
 extern "C" {

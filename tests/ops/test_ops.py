@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import backends
 from common import generator, lr_of, no_counts, step_of
-from lion_kernels import _ops, reference
+from lion_kernels import native, reference
 
 ops = torch.ops.lion_kernels
 
@@ -126,6 +126,6 @@ def check_strides(ops):
 
 
 def test_importing_needs_no_library(monkeypatch):
-    monkeypatch.setattr(_ops, "_C", None)
+    monkeypatch.setattr(native, "_C", None)
     with pytest.raises(RuntimeError, match="was not built"):
-        _ops.require_native()
+        native.require()

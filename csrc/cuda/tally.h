@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "rows.h"
+#include "tally_rows.h"
 
 // A host shim declares these types itself, to run the kernels without a GPU.
 #ifndef LION_CUDA_SHIM

@@ -1,13 +1,13 @@
 // tally and elect on CUDA tensors: device checks, then a launch on the current stream. Nothing here
-// waits for the device.
+// waits for the device. Not tally.cpp: its object file would be that of tally.cu.
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include "coin.h"
-#include "tally.h"
-#include "tally_checks.h"
+#include "cuda/tally.h"
+#include "planes.h"
 
 namespace lion {
 namespace {

@@ -1,7 +1,9 @@
 // What tally and elect accept; see the schemas in lion_kernels/_ops.py.
-#include "tally_checks.h"
+#include "planes.h"
 
-#include "cpu.h"
+#include <c10/util/Exception.h>
+
+#include "bitplanes.h"
 
 namespace lion {
 namespace {
@@ -34,6 +36,15 @@ TallyRows check_rows(const at::Tensor& ballots, const at::Tensor& out, const cha
 }
 
 }  // namespace
+
+void check_planes(const at::Tensor& planes, const char* name, int64_t dims) {
+  TORCH_CHECK_VALUE(planes.scalar_type() == at::kInt, name, " must be int32, got ",
+                    planes.scalar_type());
+  TORCH_CHECK_VALUE(planes.dim() == dims, name, " must have ", dims, " dimensions, got shape ",
+                    planes.sizes());
+  TORCH_CHECK_VALUE(planes.size(-1) <= 1 || planes.stride(-1) == 1, name,
+                    " must have unit stride in its last dimension, got strides ", planes.strides());
+}
 
 TallyRows check_tally(const at::Tensor& ballots, const at::Tensor& tally, int64_t scale) {
   const TallyRows rows = check_rows(ballots, tally, "tally", scale);

@@ -1,13 +1,22 @@
 // Parameters in a 16-bit type that really train: stochastic and compensated rounding of a word.
 //
-// Included inside the namespace of a SIMD level, after simd.h. Stochastic: noise is added below the
-// last kept bit and the rest cut off, so that the mean is exact. Compensated: a second tensor keeps
-// what was dropped; for bf16 the pair is exactly the float32.
+// Stochastic: noise is added below the last kept bit and the rest cut off, so that the mean is
+// exact. Compensated: a second tensor keeps what was dropped; for bf16 the pair is exactly the
+// float32.
+#pragma once
 
-typedef uint32_t WordVec __attribute__((vector_size(4 * Vec::kLanes)));
-typedef int32_t IntVec __attribute__((vector_size(4 * Vec::kLanes)));
-typedef float FloatVec __attribute__((vector_size(4 * Vec::kLanes)));
-typedef int16_t ShortVec __attribute__((vector_size(2 * Vec::kLanes)));
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "coin.h"
+#include "simd/interface.h"
+#include "simd/target.h"
+#include "simd/vec.h"
+#include "simd/word.h"
+
+LION_SIMD_BEGIN
+namespace lion::LION_SIMD_LEVEL {
 
 // The type of `low`: none, the 16 bits of a float32 below those of a bf16, or a second fp16.
 template <int kRounding, class P>
@@ -24,14 +33,6 @@ struct LowOf<kCompensated, F16> {
 };
 template <int kRounding, class P>
 using Low = typename LowOf<kRounding, P>::type;
-
-inline WordVec bits_of(const Vec& a) { return bit_cast<WordVec>(a.v); }
-inline void set_bits(Vec& a, const WordVec& bits) { a.v = bit_cast<decltype(a.v)>(bits); }
-inline Vec magnitude(const Vec& a) {
-  Vec out;
-  set_bits(out, bits_of(a) & 0x7FFFFFFFu);
-  return out;
-}
 
 // k * 0x9E3779B9, modulo 2^32.
 alignas(64) const uint32_t kLaneSteps[16] = {0x00000000u, 0x9E3779B9u, 0x3C6EF372u, 0xDAA66D2Bu,
@@ -145,3 +146,6 @@ inline void store_parameters(P* p, Low<kRounding, P>* low, Vec (&a)[kVecs], cons
     store_word(p, a);
   }
 }
+
+}  // namespace lion::LION_SIMD_LEVEL
+LION_SIMD_END

@@ -1,11 +1,22 @@
 // int8 momenta: blocks of 128 elements of a tensor, in storage order, with one float32 scale each.
 //
-// Included inside the namespace of a SIMD level, after rounding_rows.h. q stands for
-// scale * (|q| / 127)^2 * sign(q): the square gives small elements of a block, whose sign the
-// update takes, finer steps than a line would. The scale is the block's largest magnitude. -128 is
-// a momentum that was not finite, and reads as NaN; it takes no part in the scale.
+// q stands for scale * (|q| / 127)^2 * sign(q): the square gives small elements of a block, whose
+// sign the update takes, finer steps than a line would. The scale is the block's largest magnitude.
+// -128 is a momentum that was not finite, and reads as NaN; it takes no part in the scale.
+#pragma once
 
-constexpr float kSteps = 127.0f;
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "simd/interface.h"
+#include "simd/target.h"
+#include "simd/vec.h"
+
+LION_SIMD_BEGIN
+namespace lion::LION_SIMD_LEVEL {
+
+constexpr float kLargest = 127.0f;
 
 // Whether any of the block is -128, eight at a time: a zero byte is what borrows.
 inline bool has_not_finite(const int8_t* q_block) {
@@ -22,7 +33,7 @@ inline bool has_not_finite(const int8_t* q_block) {
 inline void dequantize_block(const int8_t* q_block, float scale, float* m_block) {
   for (int k = 0; k < kBlock; k += Vec::kLanes) {
     const Vec q = load(q_block + k);
-    const Vec square = multiply(multiply(q, magnitude(q)), fill(1.0f / (kSteps * kSteps)));
+    const Vec square = multiply(multiply(q, magnitude(q)), fill(1.0f / (kLargest * kLargest)));
     store(m_block + k, multiply(square, fill(scale)));
   }
   if (has_not_finite(q_block))
@@ -52,7 +63,7 @@ inline void quantize_block(const float* m_block, int8_t* q_block, float* scale) 
   }
   *scale = top;
   // The roots of all float32, subnormals too, are normal numbers: nothing here can overflow.
-  const Vec steps = fill(top > 0.0f ? kSteps / __builtin_sqrtf(top) : 0.0f);
+  const Vec steps = fill(top > 0.0f ? kLargest / __builtin_sqrtf(top) : 0.0f);
   for (int k = 0; k < kBlock; k += Vec::kLanes) {
     const Vec m = load(source + k);
     Vec q = multiply(square_root(magnitude(m)), steps);
@@ -64,7 +75,7 @@ inline void quantize_block(const float* m_block, int8_t* q_block, float* scale) 
       if (m_block[k] - m_block[k] != 0.0f) q_block[k] = -128;
 }
 
-void dequantize_row(const int8_t* q, const float* scales, int64_t n, float* m) {
+inline void dequantize_row(const int8_t* q, const float* scales, int64_t n, float* m) {
   for (; n >= kBlock; n -= kBlock, q += kBlock, ++scales, m += kBlock)
     dequantize_block(q, *scales, m);
   if (n == 0) return;
@@ -75,7 +86,7 @@ void dequantize_row(const int8_t* q, const float* scales, int64_t n, float* m) {
   std::memcpy(m, padded_m, static_cast<size_t>(n) * sizeof(float));
 }
 
-void quantize_row(const float* m, int64_t n, int8_t* q, float* scales) {
+inline void quantize_row(const float* m, int64_t n, int8_t* q, float* scales) {
   for (; n >= kBlock; n -= kBlock, q += kBlock, ++scales, m += kBlock) quantize_block(m, q, scales);
   if (n == 0) return;
   int8_t padded_q[kBlock];
@@ -84,3 +95,6 @@ void quantize_row(const float* m, int64_t n, int8_t* q, float* scales) {
   quantize_block(padded_m, padded_q, scales);
   std::memcpy(q, padded_q, static_cast<size_t>(n));
 }
+
+}  // namespace lion::LION_SIMD_LEVEL
+LION_SIMD_END

@@ -1,20 +1,24 @@
-// Lists of tensors as the CPU ops walk them: laid end to end in word space, cut into runs for the
-// threads, pieces for the shards, and chunks for int8 momenta. No arithmetic here.
+// Word space: tensors laid end to end, each from a word of its own on, cut into runs for the
+// threads and pieces for the shards. Knows sizes, no tensors.
 #pragma once
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
-#include "cpu.h"
+#include "bitplanes.h"
+#include "simd/interface.h"
 
 namespace lion {
 
+inline int64_t words_of(int64_t numel) { return (numel + kBitsPerWord - 1) / kBitsPerWord; }
+
+// Words a parallel task takes at the least: 32,768 elements.
+constexpr int64_t kGrainWords = 1024;
 constexpr int64_t kWordsPerBlock = kBlock / kBitsPerWord;
-// Elements of an int8 momentum that are float32 at a time: 2 KiB.
-constexpr int64_t kChunk = 4 * kBlock;
 
 // Tensors laid end to end in word space: tensor t owns words [first[t], first[t + 1]).
 struct WordSpace {
@@ -36,7 +40,7 @@ struct WordSpace {
   // Calls visit(t, begin, end) for each tensor that has words in [begin, end), in parallel runs
   // that no block lies across.
   template <class Visit>
-  void for_each_run(Visit visit) const {
+  void for_each_run(const Visit& visit) const {
     at::parallel_for(0, n_words(), kGrainWords, [&](int64_t from, int64_t to) {
       int64_t begin = block_at(from);
       const int64_t end = block_at(to);
@@ -59,46 +63,14 @@ inline Segment segment_of(const WordSpace& space, size_t t, int64_t begin, int64
   return {offset, std::min(numel - offset, (end - begin) * kBitsPerWord)};
 }
 
-template <class T>
-T* advance(T* data, int64_t bytes) {
-  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes));
-}
-
 // Calls visit(shard, word in shard, begin, end) for the pieces of [begin, end) in each shard.
 template <class Visit>
-void split_by_shard(int64_t words_per_shard, int64_t begin, int64_t end, Visit visit) {
+void split_by_shard(int64_t words_per_shard, int64_t begin, int64_t end, const Visit& visit) {
   while (begin < end) {
     const int64_t shard = begin / words_per_shard;
     const int64_t stop = std::min(end, (shard + 1) * words_per_shard);
     visit(shard, begin - shard * words_per_shard, begin, stop);
     begin = stop;
-  }
-}
-
-struct Item {
-  void* data;
-  const void* grad;
-  void* exp_avg;
-  int64_t numel, data_size, exp_avg_size;  // sizes: bytes an element
-  DType dtype, exp_avg_dtype;
-  void* low;      // of as many bytes an element as the parameter; itself where nothing is kept
-  float* scales;  // of an int8 momentum
-};
-
-// Calls visit(segment, momentum, its dtype) for the elements of a run. An int8 momentum becomes
-// float32 for the length of a chunk, which stays in the nearest cache.
-template <bool kWrite = true, class Visit>
-void for_each_chunk(const RowKernels& kernels, const Item& item, const Segment& run, Visit visit) {
-  if (item.exp_avg_dtype != kInt8)
-    return visit(run, advance(item.exp_avg, run.offset * item.exp_avg_size), item.exp_avg_dtype);
-  alignas(64) float m[kChunk];
-  for (int64_t done = 0; done < run.count; done += kChunk) {
-    const Segment chunk{run.offset + done, std::min(kChunk, run.count - done)};
-    int8_t* q = static_cast<int8_t*>(item.exp_avg) + chunk.offset;
-    float* scales = item.scales + chunk.offset / kBlock;
-    kernels.dequantize(q, scales, chunk.count, m);
-    visit(chunk, static_cast<void*>(m), kFloat32);
-    if (kWrite) kernels.quantize(m, chunk.count, q, scales);
   }
 }
 

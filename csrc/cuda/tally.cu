@@ -3,9 +3,12 @@
 // Made to be bound by memory: a thread has eight 16-byte loads in flight before it counts them, and
 // its counters are registers. All indices of arrays are known to the compiler, or they would lie in
 // local memory. The arithmetic is that of the CPU kernels (bitplanes.h, coin.h).
+#include <cstdint>
+
 #include "bitplanes.h"
 #include "coin.h"
-#include "tally.h"
+#include "cuda/tally.h"
+#include "tally_rows.h"
 
 namespace lion {
 namespace {

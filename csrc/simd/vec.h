@@ -1,9 +1,21 @@
-// The few vector operations that the row kernels are written in, for the SIMD level that the
-// including file selected with LION_SIMD_AVX512, LION_SIMD_AVX2 or neither.
+// The few vector operations that the row kernels are written in, for the SIMD level of target.h.
 //
-// Included inside a namespace of that level, after every standard header, with the compiler's
-// target raised: nothing compiled here can leak into code that runs on lesser machines. Storage is
-// float, bf16 or fp16; arithmetic is float32; every conversion rounds to nearest even.
+// Storage is float, bf16 or fp16; arithmetic is float32; every conversion rounds to nearest even.
+#pragma once
+
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "simd/target.h"
+
+LION_SIMD_BEGIN
+namespace lion::LION_SIMD_LEVEL {
 
 struct BF16 {
   uint16_t bits;
@@ -302,3 +314,20 @@ inline Vec add_where(Vec a, uint32_t bits, Vec b) {
 }
 
 #endif
+
+// Every level's, in the vector types of GCC and Clang.
+typedef uint32_t WordVec __attribute__((vector_size(4 * Vec::kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * Vec::kLanes)));
+typedef float FloatVec __attribute__((vector_size(4 * Vec::kLanes)));
+typedef int16_t ShortVec __attribute__((vector_size(2 * Vec::kLanes)));
+
+inline WordVec bits_of(const Vec& a) { return bit_cast<WordVec>(a.v); }
+inline void set_bits(Vec& a, const WordVec& bits) { a.v = bit_cast<decltype(a.v)>(bits); }
+inline Vec magnitude(const Vec& a) {
+  Vec out;
+  set_bits(out, bits_of(a) & 0x7FFFFFFFu);
+  return out;
+}
+
+}  // namespace lion::LION_SIMD_LEVEL
+LION_SIMD_END

@@ -1,11 +1,17 @@
-// The argument checks of tally and elect, for every back end: tensors in, a plain task out.
+// The argument checks of bit planes (ballots, tallies, verdicts, flags), for every back end:
+// tensors in, for tally and elect a plain task out.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
-#include "rows.h"
+#include <cstdint>
+
+#include "tally_rows.h"
 
 namespace lion {
+
+// Raises unless `planes` is int32 of so many dimensions with unit stride in the last one.
+void check_planes(const at::Tensor& planes, const char* name, int64_t dims);
 
 // Raise ValueError unless the arguments are those of the op. They read no tensor: the caller
 // checks devices, and derives the coin key from the step.

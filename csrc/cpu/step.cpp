@@ -1,0 +1,103 @@
+// lion_step and count_agreeing over lists of CPU tensors: one parallel region a call.
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cpu/checks.h"
+#include "cpu/lists.h"
+#include "cpu/scalars.h"
+#include "simd/levels.h"
+
+namespace lion {
+namespace {
+
+void count_agreeing(at::TensorList grads, at::TensorList exp_avgs, const at::Tensor& agreeing,
+                    double beta1, bool maximize, const std::optional<at::Tensor>& grad_scale,
+                    const OptionalTensors& scales) {
+  TORCH_CHECK_VALUE(grads.size() == exp_avgs.size(),
+                    "grads and exp_avgs must have equal lengths, got ", grads.size(), " and ",
+                    exp_avgs.size());
+  Lists lists(grads.size(), &scales);
+  for (size_t i = 0; i < grads.size(); ++i)
+    lists.append({nullptr, &grads[i], &exp_avgs[i]}, grads[i]);
+  check_agreeing(agreeing, lists.size());
+  const LionScalars scalars = scalars_of(beta1, 0.0, 0.0, 0.0, maximize, grad_scale);
+  const SimdLevel& kernels = simd_level();
+  std::vector<std::atomic<int64_t>> counts(lists.size());
+  lists.for_each_run([&](size_t t, const Segment& run) {
+    const Item& item = lists[t];
+    for_each_chunk<false>(kernels, item, run, [&](const Segment& s, void* m, DType m_dtype) {
+      counts[t] += kernels.agree[item.dtype][m_dtype](advance(item.grad, s.offset * item.data_size),
+                                                      m, s.count, scalars);
+    });
+  });
+  for (size_t t = 0; t < lists.size(); ++t) agreeing.data_ptr<int64_t>()[t] += counts[t];
+}
+
+// What cautious updates are multiplied by: elements over those that agree (and one).
+float rescale_of(const std::optional<at::Tensor>& agreeing, size_t t, int64_t numel) {
+  if (!agreeing.has_value()) return 1.0f;
+  const int64_t count = agreeing->const_data_ptr<int64_t>()[t];
+  return static_cast<float>(numel) / static_cast<float>(count + 1);
+}
+
+void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+               const at::Tensor& lr, double beta1, double beta2, double weight_decay, bool maximize,
+               const std::optional<at::Tensor>& nonfinite,
+               const std::optional<at::Tensor>& grad_scale,
+               const std::optional<at::Tensor>& found_inf, c10::string_view rounding_name,
+               const OptionalTensors& lows, int64_t seed, const std::optional<at::Tensor>& step,
+               bool cautious, bool cautious_decay, const OptionalTensors& scales,
+               const std::optional<at::Tensor>& agreeing) {
+  const Rounding rounding = check_rounding(rounding_name, lows, params.size(), step);
+  TORCH_CHECK_VALUE(params.size() == grads.size() && params.size() == exp_avgs.size(),
+                    "params, grads and exp_avgs must have equal lengths, got ", params.size(), ", ",
+                    grads.size(), " and ", exp_avgs.size());
+  Lists lists(params.size(), &scales, rounding, &lows);
+  for (size_t i = 0; i < params.size(); ++i)
+    lists.append({&params[i], &grads[i], &exp_avgs[i]}, params[i]);
+  if (agreeing.has_value()) {
+    TORCH_CHECK_VALUE(cautious, "agreeing rescales a cautious update, got cautious=False");
+    check_agreeing(*agreeing, lists.size());
+  }
+  const uint64_t key = rounding_key(rounding, seed, step);
+  LionScalars scalars =
+      scalars_of(beta1, beta2, scalar_value(lr, "lr"), weight_decay, maximize, grad_scale);
+  scalars.skip_nonfinite = nonfinite.has_value();
+  scalars.cautious = cautious;
+  scalars.cautious_decay = cautious_decay;
+  if (is_set(found_inf)) return;
+  const SimdLevel& kernels = simd_level();
+  const auto& steps = kernels.step[!scalars.is_plain()][rounding];
+  std::atomic<int64_t> skipped{0};
+  lists.for_each_run([&](size_t t, const Segment& run) {
+    const Item& item = lists[t];
+    LionScalars own = scalars;
+    own.lr *= rescale_of(agreeing, t, item.numel);
+    for_each_chunk(kernels, item, run, [&](const Segment& s, void* m, DType m_dtype) {
+      const int64_t n = steps[item.dtype][m_dtype](
+          advance(item.data, s.offset * item.data_size),
+          advance(item.grad, s.offset * item.data_size), m,
+          advance(item.low, s.offset * item.data_size), s.count, own,
+          RoundingRun{key, static_cast<uint64_t>(lists.word_of(t, s.offset))});
+      if (n != 0) skipped += n;
+    });
+  });
+  if (step.has_value()) step->add_(1);
+  if (nonfinite.has_value() && skipped != 0) nonfinite->add_(skipped.load());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lion_kernels, CPU, m) {
+  m.impl("lion_step", lion_step);
+  m.impl("count_agreeing", count_agreeing);
+}
+
+}  // namespace lion
