@@ -30,7 +30,7 @@ from lion_kernels.vote.agreement import (
 from lion_kernels.vote.election import Electorate
 from lion_kernels.vote.exchange import choose
 from lion_kernels.vote.poll import Poll
-from lion_kernels.vote.wire import GroupWire, Transfer, Wire
+from lion_kernels.vote.wire import ProcessGroupWire, Transfer, Wire
 
 logger = logging.getLogger(__name__)
 
@@ -41,19 +41,19 @@ _AGREED_IN_GROUPS = (
 )  # fmt: skip
 
 
-def _wire(group: ProcessGroup | Wire | None) -> Wire:
+def _wire(process_group: ProcessGroup | Wire | None) -> Wire:
     """This rank's end of a process group; raises RuntimeError where it is in none."""
-    if isinstance(group, Wire):
-        return group
+    if isinstance(process_group, Wire):
+        return process_group
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             "DistributedLion needs a process group: call "
             "torch.distributed.init_process_group() first"
         )
-    group = dist.group.WORLD if group is None else group
-    if not isinstance(group, ProcessGroup) or dist.get_rank(group) < 0:
-        raise RuntimeError(f"process_group must be a group that this rank is in, got {group}")
-    return GroupWire(group)
+    given = dist.group.WORLD if process_group is None else process_group
+    if not isinstance(given, ProcessGroup) or dist.get_rank(given) < 0:
+        raise RuntimeError(f"process_group must be a group that this rank is in, got {given}")
+    return ProcessGroupWire(given)
 
 
 class DistributedLion(Lion):

@@ -78,13 +78,14 @@ class Wire(ABC):
         """Run to its end what every rank runs."""
 
 
-class GroupWire(Wire):
-    """A process group."""
+class ProcessGroupWire(Wire):
+    """A rank of a process group."""
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        self._group = group
-        self._how: dict[str, Any] = {"group": group, "async_op": True}
+    def __init__(self, process_group: ProcessGroup) -> None:
+        self.rank = dist.get_rank(process_group)
+        self.world_size = dist.get_world_size(process_group)
+        self._process_group = process_group
+        self._how: dict[str, Any] = {"group": process_group, "async_op": True}
 
     def _all_gather(self, received: Tensor, sent: Tensor) -> Transfer:
         return cast(Transfer, _all_gather(received, sent, **self._how))
@@ -96,7 +97,7 @@ class GroupWire(Wire):
         return cast(Transfer, dist.all_reduce(tensor, dist.ReduceOp.MAX, **self._how))
 
     def broadcast(self, tensor: Tensor) -> Transfer:
-        source = dist.get_global_rank(self._group, 0)
+        source = dist.get_global_rank(self._process_group, 0)
         return cast(Transfer, dist.broadcast(tensor, src=source, **self._how))
 
     def values(self, value: Any, device: torch.device) -> Values:
@@ -104,7 +105,7 @@ class GroupWire(Wire):
             found: list[Any] = [None] * self.world_size
             # NCCL sends objects by way of the current device, which may be another rank's.
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                dist.all_gather_object(found, value, group=self._group)
+                dist.all_gather_object(found, value, group=self._process_group)
             return found
 
         return Values(ask)
