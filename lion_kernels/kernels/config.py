@@ -9,7 +9,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Config:
     """Elements of a tile (one program), its warps, and the registers that a thread may take:
-    tests/test_codegen.py shows that none spills."""
+    `make codegen` shows that none spills."""
 
     block: int
     num_warps: int
