@@ -264,8 +264,10 @@ class Lion(Optimizer):
         found. ``presume``: that the plans still hold."""
         plans, device = [], torch.device("cpu")
         try:
-            for number in range(len(self.param_groups)):
-                settings, buckets = yield from self._plan(number, presume)
+            # Before anything is waited for: users change options when they call the next rank.
+            read = [self._settings_of(number) for number in range(len(self.param_groups))]
+            for number, settings in enumerate(read):
+                buckets = yield from self._plan(number, settings, presume)
                 plans.append((settings, buckets))
                 device = buckets[0].device if buckets and device.type == "cpu" else device
         except BaseException:
@@ -319,11 +321,11 @@ class Lion(Optimizer):
         return settings
 
     def _plan(
-        self, number: int, presume: bool
-    ) -> Generator[Any, None, tuple[Settings, list[Bucket]]]:
-        """The group's options and buckets; raises where an option, a parameter, a gradient or a
-        state is not as it must be. Who joins is asked; who was asked and lacks a gradient stays."""
-        group, settings, mover = self.param_groups[number], self._settings_of(number), self._mover
+        self, number: int, settings: Settings, presume: bool
+    ) -> Generator[Any, None, list[Bucket]]:
+        """The group's buckets; raises where a parameter, a gradient or a state is not as it must
+        be. Who joins is asked; who was asked and lacks a gradient stays."""
+        group, mover = self.param_groups[number], self._mover
         params, plan = group["params"], self._plans.get(number)
         if plan is not None and not plan.serves(group, settings, presume):
             plan = None
@@ -337,7 +339,7 @@ class Lion(Optimizer):
             self._plans[number] = plan
         if plan.indices and isinstance(group["lr"], Tensor):
             check_lr(group, number, params[plan.indices[0]].device)
-        return settings, plan.buckets(may_abstain=mover.votes)
+        return plan.buckets(may_abstain=mover.votes)
 
     def _check(self, number: int, indices: list[int], beside: list[int]) -> None:
         """Check parameters of a group, which are on the device of those ``beside`` them."""

@@ -82,9 +82,10 @@ class Workers:
         pairs = zip(self.params, self.opts, strict=True)
         return [[opt.state[p]["exp_avg"] for p in mine] for mine, opt in pairs]
 
-    def step(self, grads):
-        """grads[rank][tensor]: a tensor or None."""
-        for mine, theirs, opt in zip(self.params, grads, self.opts, strict=True):
+    def step(self, grads=None):
+        """grads[rank][tensor]: a tensor or None. Without it, gradients are those that are there."""
+        for mine, theirs in zip(self.params, grads or self.params, strict=True):
             for p, g in zip(mine, theirs, strict=True):
-                p.grad = g
+                p.grad = p.grad if grads is None else g
+        for opt in self.opts:
             opt.step()

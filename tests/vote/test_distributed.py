@@ -1,4 +1,4 @@
-"""DistributedLion over real Gloo processes: what the vote computes."""
+"""What DistributedLion computes: with workers in this process, and, for the wire, over Gloo."""
 
 import math
 
@@ -8,79 +8,104 @@ import torch
 import torch.distributed as dist
 
 import oracle
-from common import array, bits_equal, exact, generator
+from common import Workers, array, bits_equal, exact, generator
 from lion_kernels import DistributedLion, Lion
+from lion_kernels.simulate import loopback
 from voters import CHOICES, HYPER, SIZES, gradient, parameters, set_gradients
 
 
-def train(rank, steps, dtype, options):
-    params = parameters(dtype=dtype)
+def train(rank, steps, options):
+    params = parameters()
     opt = DistributedLion(params, **HYPER, **options)
     for step in range(steps):
-        set_gradients(params, rank, step, dtype)
+        set_gradients(params, rank, step)
         opt.step()
     opt.verify_replicas()
-    return (
-        [p.detach() for p in params],
-        [opt.state[p]["exp_avg"] for p in params],
-        opt.wire_bytes,
-    )
+    return [p.detach() for p in params], [opt.state[p]["exp_avg"] for p in params]
 
 
-@pytest.mark.parametrize(("aggregation", "ballots", "ties", "exchange"), CHOICES)
-@pytest.mark.parametrize("n", [2, 3, 4, 5])
-def test_equals_the_oracle(worlds, n, aggregation, ballots, ties, exchange):
-    vote = {"aggregation": aggregation, "ballots": ballots, "ties": ties}
+def together(n, steps, dtype=torch.float32, **options):
+    """n workers in this process, after the steps of ``train``."""
+    world = Workers([p.detach() for p in parameters(dtype=dtype)], n, **HYPER, **options)
+    for step in range(steps):
+        for rank, params in enumerate(world.params):
+            set_gradients(params, rank, step, dtype)
+        world.step()
+    for opt in world.opts:
+        opt.verify_replicas()
+    return list(zip(world.params, world.exp_avgs, strict=True))
+
+
+def expected_world(n, steps, vote):
     expected = oracle.World([array(p.flatten()) for p in parameters()], n, **vote, **HYPER, seed=7)
-    for step in range(4):
+    for step in range(steps):
         rows = [
             [gradient(rank, step, t, size) for t, size in enumerate(SIZES)] for rank in range(n)
         ]
         expected.step([[None if g is None else array(g.flatten()) for g in row] for row in rows])
-    options = {**vote, "exchange": exchange, "seed": 7}
-    results = worlds(n).run(train, 4, torch.float32, options)
-    for rank, (params, exp_avgs, _) in enumerate(results):
+    return expected
+
+
+def check(results, expected):
+    for rank, (params, exp_avgs) in enumerate(results):
         for t, (p, m) in enumerate(zip(params, exp_avgs, strict=True)):
-            np.testing.assert_array_equal(p.flatten().numpy(), expected.params[t])
+            np.testing.assert_array_equal(array(p.flatten()), expected.params[t])
             np.testing.assert_allclose(array(m.flatten()), expected.exp_avgs[rank][t], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("aggregation", "ballots", "ties", "exchange"), CHOICES)
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_equals_the_oracle(n, aggregation, ballots, ties, exchange):
+    vote = {"aggregation": aggregation, "ballots": ballots, "ties": ties}
+    check(together(n, 4, **vote, exchange=exchange, seed=7), expected_world(n, 4, vote))
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "sharded"])
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_real_processes_equal_the_oracle(worlds, n, exchange):
+    vote = {"aggregation": "majority", "ballots": "ternary", "ties": "zero"}
+    results = worlds(n).run(train, 4, {**vote, "exchange": exchange, "seed": 7})
+    check(results, expected_world(n, 4, vote))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("aggregation", ["majority", "average"])
-def test_half_precision_replicas_stay_identical(worlds, dtype, aggregation):
-    results = worlds(4).run(train, 20, dtype, {"aggregation": aggregation})
-    for params, _, _ in results[1:]:
+def test_half_precision_replicas_stay_identical(dtype, aggregation):
+    results = together(4, 20, dtype, aggregation=aggregation)
+    for params, _ in results[1:]:
         assert all(bits_equal(a, b) for a, b in zip(params, results[0][0], strict=True))
-    momenta = [exp_avgs[0] for _, exp_avgs, _ in results]
+    momenta = [exp_avgs[0] for _, exp_avgs in results]
     assert not any(torch.equal(momenta[0], m) for m in momenta[1:])
 
 
-def train_two_groups(rank, momentum_dtype):
-    params = parameters()
-    opt = DistributedLion(
-        [{"params": params[:2]}, {"params": params[2:], "lr": 0.25, "weight_decay": 0.0}],
-        **HYPER, ballots="ternary", momentum_dtype=momentum_dtype,
-    )  # fmt: skip
-    scheduler = torch.optim.lr_scheduler.StepLR(opt, step_size=1, gamma=0.5)
-    for _ in range(3):
-        for p in params:
-            p.grad = torch.ones_like(p)
-        opt.step()
-        scheduler.step()
-    return [p.detach() for p in params], {opt.state[p]["exp_avg"].dtype for p in params}
-
-
 @pytest.mark.parametrize("momentum_dtype", [None, "bfloat16"])
-def test_groups_schedulers_and_momentum_dtype(worlds, momentum_dtype):
+def test_groups_schedulers_and_momentum_dtype(momentum_dtype):
     expected = [p.detach().numpy() for p in parameters()]
     for step in range(3):
         for t in range(len(SIZES)):
             lr, decay = (1e-2, 0.3) if t < 2 else (0.25, 0.0)
             expected[t] = oracle.update(expected[t], np.ones(SIZES[t]), lr * 0.5**step, decay)
-    for params, dtypes in worlds(3).run(train_two_groups, momentum_dtype):
-        assert dtypes == {torch.bfloat16 if momentum_dtype else torch.float32}
+    rows, opts = [], []
+    for end in loopback(3):
+        rows.append(parameters())
+        groups = [
+            {"params": rows[-1][:2]},
+            {"params": rows[-1][2:], "lr": 0.25, "weight_decay": 0.0},
+        ]
+        options = {"ballots": "ternary", "momentum_dtype": momentum_dtype}
+        opts.append(DistributedLion(groups, **HYPER, **options, process_group=end))
+    schedulers = [torch.optim.lr_scheduler.StepLR(opt, step_size=1, gamma=0.5) for opt in opts]
+    for _ in range(3):
+        for params, opt, scheduler in zip(rows, opts, schedulers, strict=True):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            opt.step()
+            scheduler.step()
+    for params, opt in zip(rows, opts, strict=True):
+        wanted = torch.bfloat16 if momentum_dtype else torch.float32
+        assert {opt.state[p]["exp_avg"].dtype for p in params} == {wanted}
         for p, want in zip(params, expected, strict=True):
-            np.testing.assert_array_equal(p.numpy(), want)
+            np.testing.assert_array_equal(p.detach().numpy(), want)
 
 
 def train_alone(rank, options):
@@ -122,7 +147,7 @@ def test_never_the_world_where_a_group_was_given(worlds):
 
 
 @pytest.mark.parametrize("exchange", ["allgather", "sharded"])
-def test_int8_momenta_equal_the_oracle(worlds, exchange):
+def test_int8_momenta_equal_the_oracle(exchange):
     """Each worker's momentum is stored in 8 bits between the steps."""
     vote = {"aggregation": "majority", "ballots": "ternary", "ties": "zero"}
     sizes = [math.prod(size) for size in SIZES]
@@ -135,40 +160,35 @@ def test_int8_momenta_equal_the_oracle(worlds, exchange):
                 if g is not None:
                     stored = oracle.quantize(expected.exp_avgs[rank][t])
                     expected.exp_avgs[rank][t] = oracle.dequantize(*stored)
-    options = {**vote, "exchange": exchange, "seed": 7, "momentum_dtype": "int8"}
-    for params, exp_avgs, _ in worlds(3).run(train, 4, torch.float32, options):
+    for params, exp_avgs in together(
+        3, 4, **vote, exchange=exchange, seed=7, momentum_dtype="int8"
+    ):
         assert {m.dtype for m in exp_avgs} == {torch.int8}
         for t, p in enumerate(params):
-            np.testing.assert_array_equal(p.flatten().numpy(), expected.params[t])
-
-
-def vote_with(rank, steps, options):
-    p = torch.nn.Parameter(torch.randn(300, generator=generator(0)))
-    opt = DistributedLion([p], **HYPER, ballots="ternary", **options)
-    for step in range(steps):
-        p.grad = exact(300, generator(10 * step + rank))
-        opt.param_groups[0]["lr"] = HYPER["lr"] / (step + 1)
-        opt.step()
-    opt.verify_replicas()
-    return p.detach()
+            np.testing.assert_array_equal(array(p.flatten()), expected.params[t])
 
 
 @pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("cautious_decay", [False, True])
 @pytest.mark.parametrize("independent", [False, True])
 @pytest.mark.parametrize("n", [1, 3])
-def test_variants_are_their_formulas(worlds, n, independent, cautious_decay, cautious):
+def test_variants_are_their_formulas(n, independent, cautious_decay, cautious):
     """Votes against the own gradient are zeros; decay only along delta; decay by lr / first lr."""
     options = {
         "cautious": cautious,
         "cautious_weight_decay": cautious_decay,
         "independent_weight_decay": independent,
     }
-    p = array(torch.randn(300, generator=generator(0)))
-    m, (beta1, beta2) = np.zeros((n, 300)), HYPER["betas"]
+    start = torch.randn(300, generator=generator(0))
+    world = Workers([start], n, **HYPER, ballots="ternary", **options)
+    p, m, (beta1, beta2) = array(start), np.zeros((n, 300)), HYPER["betas"]
     for step in range(3):
         lr = HYPER["lr"] / (step + 1)
-        g = np.stack([array(exact(300, generator(10 * step + rank))) for rank in range(n)])
+        for opt in world.opts:
+            opt.param_groups[0]["lr"] = lr
+        grads = [exact(300, generator(10 * step + rank)) for rank in range(n)]
+        world.step([[g] for g in grads])
+        g = np.stack([array(g) for g in grads])
         c = beta1 * m + (1 - beta1) * g
         votes = np.where((np.sign(c) == np.sign(g)) | (not cautious), np.sign(c), 0)
         delta = np.sign(votes.sum(0))
@@ -177,5 +197,5 @@ def test_variants_are_their_formulas(worlds, n, independent, cautious_decay, cau
         kept = oracle.update(p, delta, lr, 0.0)
         p = np.float64(np.where((delta * p < 0) & cautious_decay, kept, moved))
         m = beta2 * m + (1 - beta2) * g
-    for result in worlds(n).run(vote_with, 3, options):
+    for (result,) in world.params:
         np.testing.assert_array_equal(array(result), p)
