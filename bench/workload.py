@@ -49,10 +49,10 @@ class Workload:
         self.params = [placed(torch.randn(shape, dtype=p_dtype, device=device)) for shape in shapes]
         self.grads = [placed(torch.randn_like(p)) for p in self.params]
         momenta = [torch.randn(shape, device=device) for shape in shapes]
-        self.scales = None
+        self.block_scales = None
         if m_dtype == torch.int8:
             pairs = [quantize(m) for m in momenta]
-            self.exp_avgs, self.scales = (
+            self.exp_avgs, self.block_scales = (
                 [placed(q) for q, _ in pairs],
                 [scale for _, scale in pairs],
             )
@@ -77,18 +77,22 @@ class Workload:
         """What the op takes, by name, and those of it that it writes."""
         if op == "lion_step":
             args = {"params": self.params, "grads": self.grads, "exp_avgs": self.exp_avgs}
-            args |= {**RATES, **BETAS, "maximize": False, "scales": self.scales}
+            args |= {**RATES, **BETAS, "maximize": False, "block_scales": self.block_scales}
             args |= {"cautious": self.options, "cautious_decay": self.options}
             args["nonfinite"] = self.counter if self.options else None
-            return args, [*self.params, *self.exp_avgs, *(self.scales or ()), self.counter]
+            return args, [*self.params, *self.exp_avgs, *(self.block_scales or ()), self.counter]
         words = self.words(planes)
         if op == "encode":
-            args = {"grads": self.grads, "exp_avgs": self.exp_avgs, "scales": self.scales}
+            args = {
+                "grads": self.grads,
+                "exp_avgs": self.exp_avgs,
+                "block_scales": self.block_scales,
+            }
             args |= {"ballot": words, "flags": self.flags, **BETAS, "maximize": False}
             args |= {"seed": 0, "rank": 0, "step": self.step, "nonfinite": self.counter}
             args["cautious"] = self.options
             written = [*self.exp_avgs, words, self.flags, self.counter]
-            return args, [*written, *(self.scales or ())]
+            return args, [*written, *(self.block_scales or ())]
         args = {"params": self.params, "verdict": words, "presence": self.flags, **RATES}
         args |= {"scale": SCALES[planes], "step": self.step, "cautious_decay": self.options}
         return args, [*self.params, self.step]

@@ -44,7 +44,7 @@ def _check_storage(tensors: Sequence[Tensor | None], name: str) -> None:
             raise ValueError(f"{name}[{i}] must be float32, bfloat16 or float16, got {t.dtype}")
 
 
-def _check_momenta(exp_avgs: Sequence[Tensor], scales: Sequence[Tensor] | None) -> None:
+def _check_momenta(exp_avgs: Sequence[Tensor], block_scales: Sequence[Tensor] | None) -> None:
     for i, m in enumerate(exp_avgs):
         if m.dtype not in MOMENTUM_DTYPES:
             raise ValueError(
@@ -52,15 +52,17 @@ def _check_momenta(exp_avgs: Sequence[Tensor], scales: Sequence[Tensor] | None) 
             )
         if m.dtype != torch.int8:
             continue
-        n = len(scales or ())
-        _rule(n == len(exp_avgs), f"scales must have {len(exp_avgs)} tensors, got {n}")
-        scale, blocks = (scales or ())[i], blocks_of(m.numel())
+        n = len(block_scales or ())
+        _rule(n == len(exp_avgs), f"block_scales must have {len(exp_avgs)} tensors, got {n}")
+        scale, blocks = (block_scales or ())[i], blocks_of(m.numel())
         _rule(
             scale.dtype == torch.float32 and scale.shape == (blocks,) and scale.is_contiguous(),
-            f"scales[{i}] must be contiguous float32 of shape [{blocks}], got {scale.dtype} of "
-            f"shape {list(scale.shape)} with strides {list(scale.stride())}",
+            f"block_scales[{i}] must be contiguous float32 of shape [{blocks}], got {scale.dtype} "
+            f"of shape {list(scale.shape)} with strides {list(scale.stride())}",
         )
-        _rule(scale.device == m.device, f"scales[{i}] must be on {m.device}, got {scale.device}")
+        _rule(
+            scale.device == m.device, f"block_scales[{i}] must be on {m.device}, got {scale.device}"
+        )
 
 
 def _check_pairs(
@@ -205,8 +207,8 @@ def checked(computes: Callable[_P, None]) -> Callable[_P, None]:
 # bits from (seed, step, element); "compensated", where lows[i] keeps what parameter i drops: int16
 # for bfloat16, float16 for float16, not read otherwise. `cautious`: a sign that is not the
 # gradient's is 0. `cautious_decay`: weights decay only where that is the update's direction. Where
-# exp_avgs[i] is int8, scales[i] holds a float32 for every 128 elements of its storage, as int8.py
-# says.
+# exp_avgs[i] is int8, block_scales[i] holds a float32 for every 128 elements of its storage, as
+# int8.py says.
 
 
 @op(
@@ -214,7 +216,7 @@ def checked(computes: Callable[_P, None]) -> Callable[_P, None]:
     "float beta2, float weight_decay, bool maximize, Tensor(c!)? nonfinite=None, "
     "Tensor? grad_scale=None, Tensor? found_inf=None, str rounding='nearest', "
     "Tensor(d!)[]? lows=None, int seed=0, Tensor(e!)? step=None, bool cautious=False, "
-    "bool cautious_decay=False, Tensor(f!)[]? scales=None, Tensor? agreeing=None) -> ()"
+    "bool cautious_decay=False, Tensor(f!)[]? block_scales=None, Tensor? agreeing=None) -> ()"
 )
 def lion_step(
     params: Sequence[Tensor],
@@ -234,7 +236,7 @@ def lion_step(
     step: Tensor | None = None,
     cautious: bool = False,
     cautious_decay: bool = False,
-    scales: Sequence[Tensor] | None = None,
+    block_scales: Sequence[Tensor] | None = None,
     agreeing: Tensor | None = None,
 ) -> None:
     """One device's step: what encode and apply do, in one pass. ``nonfinite``, int64 (1,), counts
@@ -245,7 +247,7 @@ def lion_step(
     _check_pairs(exp_avgs, params, "exp_avgs", "params")
     _check_storage(params, "params")
     _check_storage(grads, "grads")
-    _check_momenta(exp_avgs, scales)
+    _check_momenta(exp_avgs, block_scales)
     for i, (g, p) in enumerate(zip(grads, params, strict=True)):
         _rule(g.dtype == p.dtype, f"grads[{i}] must be {p.dtype}, got {g.dtype}")
     check_one(lr, "lr")
@@ -258,7 +260,7 @@ def lion_step(
 
 @op(
     "(Tensor[] grads, Tensor[] exp_avgs, Tensor(a!) agreeing, float beta1, bool maximize, "
-    "Tensor? grad_scale=None, Tensor[]? scales=None) -> ()"
+    "Tensor? grad_scale=None, Tensor[]? block_scales=None) -> ()"
 )
 def count_agreeing(
     grads: Sequence[Tensor],
@@ -267,13 +269,13 @@ def count_agreeing(
     beta1: float,
     maximize: bool,
     grad_scale: Tensor | None = None,
-    scales: Sequence[Tensor] | None = None,
+    block_scales: Sequence[Tensor] | None = None,
 ) -> None:
     """Adds to ``agreeing``, int64 (tensors,), how many elements of each tensor have sign(c) =
     sign(g), not 0."""
     _check_pairs(grads, exp_avgs, "grads", "exp_avgs")
     _check_storage(grads, "grads")
-    _check_momenta(exp_avgs, scales)
+    _check_momenta(exp_avgs, block_scales)
     _check_agreeing(agreeing, len(grads))
     _check_amp(grad_scale, None)
 
@@ -282,7 +284,7 @@ def count_agreeing(
     "(Tensor?[] grads, Tensor(a!)[] exp_avgs, Tensor(b!) ballot, Tensor(c!) flags, float beta1, "
     "float beta2, bool maximize, int seed, int rank, Tensor step, Tensor(d!) nonfinite, "
     "Tensor? grad_scale=None, Tensor? found_inf=None, bool cautious=False, "
-    "Tensor(e!)[]? scales=None) -> ()"
+    "Tensor(e!)[]? block_scales=None) -> ()"
 )
 def encode(
     grads: Sequence[Tensor | None],
@@ -299,14 +301,14 @@ def encode(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     cautious: bool = False,
-    scales: Sequence[Tensor] | None = None,
+    block_scales: Sequence[Tensor] | None = None,
 ) -> None:
     """A rank's votes, and its momenta moved on. ``ballot``: (shards, 1 or 2 planes, words);
     ``flags``: (shards, flag words), one bit a tensor. A gradient of None abstains; ``nonfinite``,
     int64 (1,), counts the elements that abstain because c is not finite."""
     _check_pairs(grads, exp_avgs, "grads", "exp_avgs")
     _check_storage(grads, "grads")
-    _check_momenta(exp_avgs, scales)
+    _check_momenta(exp_avgs, block_scales)
     _check_planes(ballot, "ballot", 3)
     _rule(
         ballot.shape[1] in (1, 2),

@@ -19,7 +19,7 @@ from lion_kernels.scaling import Scaling
 
 @dataclass(frozen=True)
 class Alone:
-    """Nothing is waited for."""
+    """A step waits for nothing."""
 
     # Whether every rank must have all of a parameter.
     is_whole: bool = False
@@ -28,8 +28,8 @@ class Alone:
 
     def drive(self, work: Iterator[Any]) -> None:
         """Run work to its end."""
-        for _ in work:
-            pass
+        for transfer in work:
+            transfer.wait()
 
     def is_member(self, p: Tensor) -> bool:
         """Whether a step has to do with a parameter, as far as this rank knows."""
@@ -58,8 +58,8 @@ class Alone:
         step: Tensor | None,
         nonfinite: Tensor | None,
     ) -> Iterator[Any]:
-        """Step a bucket of group ``number``, and the counter ``step``, int64 (1,), where it is;
-        nonfinite, int64 (1,), counts skipped elements."""
+        """Step a bucket of group ``number``. step, int64 (1,), of stochastic rounding, advances by
+        one, but for float64; nonfinite, int64 (1,), counts skipped elements."""
         yield from ()
         if bucket.is_double:
             double.step(bucket, settings, scaling, nonfinite)
@@ -72,7 +72,7 @@ class Alone:
             grad_scale=scaling.grad_scale, found_inf=scaling.found_inf,
             rounding=settings.rounding, lows=bucket.lows, seed=seed, step=step,
             cautious=settings.cautious, cautious_decay=settings.cautious_decay,
-            scales=bucket.scales,
+            block_scales=bucket.block_scales,
             agreeing=_agreeing(bucket, settings, scaling) if settings.rescales else None,
         )  # fmt: skip
 
@@ -82,6 +82,6 @@ def _agreeing(bucket: Bucket, settings: Settings, scaling: Scaling) -> Tensor:
     counts = torch.zeros(len(bucket.params), dtype=torch.int64, device=bucket.device)
     _ops.count_agreeing(
         cast(list[Tensor], bucket.grads), bucket.exp_avgs, counts, beta1=settings.betas[0],
-        maximize=settings.maximize, grad_scale=scaling.grad_scale, scales=bucket.scales,
+        maximize=settings.maximize, grad_scale=scaling.grad_scale, block_scales=bucket.block_scales,
     )  # fmt: skip
     return counts

@@ -3,7 +3,7 @@ dense, and with gradients and states in their memory layout. Knows no process gr
 """
 
 from dataclasses import dataclass, field
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from lion_kernels.options import Settings
 from lion_kernels.shards import is_distributed, local, local_like
 
 DOUBLES = (torch.float64, torch.complex128)
+# What a gradient is, unless it stands for other tensors.
+_PLAIN = {Tensor, type(None)}
+_dtype = attrgetter("dtype")
 
 
 @dataclass
@@ -25,7 +28,7 @@ class Bucket:
     grads: list[Tensor | None] = field(default_factory=list)
     exp_avgs: list[Tensor] = field(default_factory=list)
     lows: list[Tensor] | None = None  # compensated rounding only
-    scales: list[Tensor] | None = None  # int8 momenta only
+    block_scales: list[Tensor] | None = None  # int8 momenta only
     is_double: bool = False  # float64, for which there are no kernels: double.py
     # DTensors, whose shards the ops write.
     wrappers: list[Tensor] = field(default_factory=list)
@@ -54,7 +57,7 @@ class Bucket:
         """Of gradients and states: nothing here keeps what their owners replace."""
         self.grads, self.exp_avgs = [], []
         self.lows = None if self.lows is None else []
-        self.scales = None if self.scales is None else []
+        self.block_scales = None if self.block_scales is None else []
 
     def append(
         self, param: Tensor, state: dict[str, Any], momentum_dtype: torch.dtype | None
@@ -63,8 +66,8 @@ class Bucket:
         p, m = local(param), states.momentum(state, param, momentum_dtype)
         if self.lows is not None:
             self.lows.append(states.compensation(state, param))
-        if self.scales is not None:
-            self.scales.append(states.scales_of(state))
+        if self.block_scales is not None:
+            self.block_scales.append(states.block_scales_of(state))
         if p.is_complex():
             p, m = torch.view_as_real(p), torch.view_as_real(m)
         if not self.is_double and not is_dense(p):
@@ -83,7 +86,9 @@ class Bucket:
             grads=[self.grads[i] for i in kept],
             exp_avgs=[self.exp_avgs[i] for i in kept],
             lows=None if self.lows is None else [self.lows[i] for i in kept],
-            scales=None if self.scales is None else [self.scales[i] for i in kept],
+            block_scales=None
+            if self.block_scales is None
+            else [self.block_scales[i] for i in kept],
             is_double=self.is_double,
             wrappers=self.wrappers,
             gapped=[(place[i], p) for i, p in self.gapped if i in place],
@@ -105,8 +110,9 @@ def _gradient(g: Tensor, param: Tensor, p: Tensor) -> Tensor:
 
 class Plan:
     """The buckets of parameters of a group, asked once: ``serves`` says in a few C loops whether
-    they still hold. ``may_presume``: or the op notices, which looks at all of its tensors before
-    it writes one."""
+    they still hold. With ``may_presume`` it asks for dtypes alone, which an op takes as they come:
+    whatever else has changed the op refuses, which looks at all of its tensors before it writes
+    one."""
 
     def __init__(
         self,
@@ -122,8 +128,8 @@ class Plan:
         self._stored = (settings.momentum_dtype, settings.rounding)
         double, rest = Bucket(is_double=True), Bucket()
         rest.lows = [] if settings.rounding == "compensated" else None
-        double.scales = [] if settings.momentum_dtype == torch.int8 else None
-        rest.scales = [] if settings.momentum_dtype == torch.int8 else None
+        double.block_scales = [] if settings.momentum_dtype == torch.int8 else None
+        rest.block_scales = [] if settings.momentum_dtype == torch.int8 else None
         members = [self._group_params[i] for i in indices]
         doubles = [p for p in members if p.dtype in DOUBLES]
         # In the order of the buckets.
@@ -142,9 +148,14 @@ class Plan:
         self._odd: list[int] = []
         self._are_complex = any(p.is_complex() for p in self._members)
         self._are_sharded = any(map(is_distributed, self._members))
-        # Whether one op sees all that could have changed; cleared when one has refused.
-        self.may_presume = not (
-            len(self._buckets) > 1 or doubles or self._always_odd or self._are_sharded
+        self._dtypes = [t.dtype for t in self._members]
+        self._momentum_dtypes = [s["exp_avg"].dtype for s in self._states]
+        # Whether one launch sees all that could have changed; cleared when one has refused. What
+        # compensates is made and moved before an op is asked.
+        self.may_presume = (
+            len(set(zip(self._dtypes, self._momentum_dtypes, strict=True))) == 1
+            and rest.lows is None
+            and not (doubles or self._always_odd or self._are_sharded)
         )
         self._identity = torch.ops.lion_kernels._identity(self._everything(), [])
 
@@ -166,7 +177,7 @@ class Plan:
         ):
             return False
         self._grads = [p.grad for p in self._members]
-        if presume:
+        if presume and self._has_its_dtypes():
             self._odd = []
             return True
         if self._are_sharded:
@@ -181,6 +192,18 @@ class Plan:
         except (KeyError, RuntimeError, TypeError):  # what is kept is gone, or is no tensor
             return False
         return self._odd != [-1]
+
+    def _has_its_dtypes(self) -> bool:
+        """Whether dtypes are those of before, and gradients tensors of no other kind."""
+        try:
+            momenta = map(itemgetter("exp_avg"), self._states)
+            return (
+                {*map(type, self._grads)} <= _PLAIN
+                and list(map(_dtype, self._members)) == self._dtypes
+                and list(map(_dtype, momenta)) == self._momentum_dtypes
+            )
+        except (AttributeError, KeyError):
+            return False
 
     def buckets(self, may_abstain: bool) -> list[Bucket]:
         """The step's buckets with their gradients; without one, a parameter abstains or is left
@@ -223,5 +246,5 @@ class Plan:
         if bucket.lows is not None:
             pairs = zip(kept, members, strict=True)
             bucket.lows = [states.compensation(s, p) for s, p in pairs]
-        if bucket.scales is not None:
-            bucket.scales = list(map(states.scales_of, kept))
+        if bucket.block_scales is not None:
+            bucket.block_scales = list(map(states.block_scales_of, kept))

@@ -131,9 +131,10 @@ class DistributedLion(Lion):
         n = self._wire.world_size
         self.aggregation, self.ballots, self.ties = aggregation, ballots, ties
         self.exchange = choose(n) if exchange == "auto" else exchange
-        self._broadcast, self._constructed = broadcast, False
+        self._broadcast, self._constructed = given["broadcast"], False
+        self._check_every, self._steps = given["check_every"], 0
         # Of the options of no group: what all ranks must share.
-        self._shared = {**given, "exchange": self.exchange, "seed": seed}
+        self._shared = {**given, "exchange": self.exchange}
         poll = Poll(n, **votes)
         # With N = 1 there is nothing to vote on.
         mover = Alone(is_whole=True) if n == 1 else Electorate(self._wire, poll, self.exchange)
@@ -143,10 +144,9 @@ class DistributedLion(Lion):
             independent_weight_decay=independent_weight_decay, cautious=cautious,
             cautious_weight_decay=cautious_weight_decay, seed=seed,
         )  # fmt: skip
+        self._shared["seed"] = self.seed
         self._agree(self.param_groups)
         self._constructed = True
-        if given["check_every"] > 0:
-            self.register_step_post_hook(_check_every(given["check_every"]))
         logger.info("%s of %d ranks over the %r exchange", aggregation, n, self.exchange)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -221,6 +221,9 @@ class DistributedLion(Lion):
     def verify_replicas(self) -> None:
         """Compare a 64-bit hash of every parameter over the ranks; raise RuntimeError on every
         rank that names the first parameter that differs and the ranks. All ranks must call it."""
+        self._wire.drive(self._compare_replicas())
+
+    def _compare_replicas(self) -> Iterator[Transfer]:
         params, labels = [], []
         for number, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
@@ -231,17 +234,12 @@ class DistributedLion(Lion):
                 if "compensation" in self.state.get(p, {}):
                     params.append(self.state[p]["compensation"])
                     labels.append(f"the compensation of {labels[-1]}")
-        self._wire.drive(compare_parameters(params, labels, self._wire))
+        yield from compare_parameters(params, labels, self._wire)
 
-
-def _check_every(n_steps: int) -> Any:
-    """A step hook that compares the replicas after every ``n_steps``."""
-    steps = 0
-
-    def after_step(optimizer: Any, *_: Any) -> None:
-        nonlocal steps
-        steps += 1
-        if steps % n_steps == 0:
-            optimizer.verify_replicas()
-
-    return after_step
+    def _work(self) -> Iterator[Any]:
+        # Not a hook of step: torch would compile it with step, and call it twice for a class that
+        # overrides step, on those ranks where another Lion exists.
+        yield from super()._work()
+        self._steps += 1
+        if self._check_every and self._steps % self._check_every == 0:
+            yield from self._compare_replicas()

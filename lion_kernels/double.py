@@ -21,8 +21,8 @@ from lion_kernels.scaling import Scaling
 _ABSENT = 2.0
 
 
-def _scale(scales: Sequence[Tensor] | None, i: int) -> Tensor | None:
-    return scales[i] if scales else None
+def _scale(block_scales: Sequence[Tensor] | None, i: int) -> Tensor | None:
+    return block_scales[i] if block_scales else None
 
 
 class _Moments:
@@ -37,7 +37,7 @@ class _Moments:
     ) -> None:
         g = bucket.grads[i]
         assert g is not None
-        self.exp_avg, self.scale = bucket.exp_avgs[i], _scale(bucket.scales, i)
+        self.exp_avg, self.scale = bucket.exp_avgs[i], _scale(bucket.block_scales, i)
         self.m = read_momentum(self.exp_avg, self.scale).double()
         g = -g if settings.maximize else g
         self.g = g if grad_scale is None else g / grad_scale.reshape(()).double()

@@ -54,7 +54,7 @@ def read_momentum(m: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def write_momentum(m: Tensor, scale: Tensor | None, value: Tensor) -> None:
-    """Store floats of any strides into a momentum and, where it is int8, its scales."""
+    """Store floats of any strides into a momentum and, where it is int8, its block scales."""
     if m.dtype != torch.int8 or scale is None:
         m.copy_(value)
     else:

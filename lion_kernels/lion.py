@@ -245,36 +245,34 @@ class Lion(Optimizer):
         self._forget_changed_states()
         # A group that is the only one is asked by the op alone: no other is written before it.
         is_asked = len(self.param_groups) > 1 or self._mover.votes
-        only = None if is_asked else self._plans.get(0)
+        only, scaling = None if is_asked else self._plans.get(0), Scaling.of(self)
         try:
-            scaling = yield from self._step_groups(only is not None and only.may_presume)
+            scaling = yield from self._step_groups(scaling, only is not None and only.may_presume)
         except (KeyError, NotImplementedError, TypeError, ValueError):
             if only is None or not only.may_presume:
                 raise
             only.may_presume = False
-            scaling = yield from self._step_groups(presume=False)
+            scaling = yield from self._step_groups(scaling, presume=False)
         if scaling.grad_scale is not None:
             scaling.unscale([p for group in self.param_groups for p in group["params"]])
         for group in self.param_groups if self._release is not None else ():
             if "step" in group:
                 group["step"] += 1
 
-    def _step_groups(self, presume: bool) -> Generator[Any, None, Scaling]:
+    def _step_groups(self, scaling: Scaling, presume: bool) -> Generator[Any, None, Scaling]:
         """All checks of all groups, then all states, then the first write; returns what GradScaler
-        found. ``presume``: that the plans still hold."""
-        plans, device = [], torch.device("cpu")
+        found, on any rank. ``presume``: that the plans still hold."""
+        plans = []
         try:
             # Before anything is waited for: users change options when they call the next rank.
             read = [self._settings_of(number) for number in range(len(self.param_groups))]
             for number, settings in enumerate(read):
                 buckets = yield from self._plan(number, settings, presume)
                 plans.append((settings, buckets))
-                device = buckets[0].device if buckets and device.type == "cpu" else device
         except BaseException:
             self._plans.clear()  # which hold gradients from here to the end of the step
             raise
         self._known_states = list(self.state.values())
-        scaling = Scaling.of(self, device)
         if scaling.found_inf is not None:
             scaling = yield from self._mover.agreed(scaling)
         for number, (settings, buckets) in enumerate(plans):
@@ -292,7 +290,8 @@ class Lion(Optimizer):
         """Step buckets of a group."""
         group = self.param_groups[number]
         for bucket in buckets:
-            step = states.step_counter(group, bucket.device) if "step" in group else None
+            is_counted = "step" in group or self._mover.votes
+            step = states.step_counter(group, bucket.device) if is_counted else None
             # It advances once a step, which a bucket that is released does not end.
             if step is not None and (self._release is not None or bucket is not buckets[-1]):
                 step = step.clone()
@@ -331,6 +330,8 @@ class Lion(Optimizer):
             plan = None
         others = range(len(params)) if plan is None else plan.others
         mine = [i for i in others if mover.is_member(params[i])]
+        if plan is not None and mine and presume and not plan.serves(group, settings, False):
+            plan, mine = None, [i for i, p in enumerate(params) if mover.is_member(p)]
         if plan is None or mine:
             known = [] if plan is None else plan.indices
             joining = yield from mover.members(number, params, sorted({*known, *mine}))

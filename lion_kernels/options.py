@@ -50,11 +50,11 @@ def check_integer(name: str, value: Any, rule: str, low: int = 0, below: float =
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
-    """``value``, which is one of ``choices``; raises ValueError."""
+    """The one of ``choices`` that ``value`` equals; raises ValueError."""
     given = plain(value)
     if not (isinstance(given, int | str) and given in choices):
         raise ValueError(f"{name} must be {_in_words(choices)}, got {value!r}")
-    return value
+    return choices[choices.index(given)]
 
 
 def _in_words(choices: tuple[Any, ...]) -> str:

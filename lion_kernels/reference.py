@@ -44,8 +44,8 @@ def coins(seed: int, stream: int, step: int, first_word: int, n_words: int) -> T
     return ((word_tensor >> torch.arange(BITS_PER_WORD)) & 1).flatten()
 
 
-def _scale(scales: Sequence[Tensor] | None, i: int) -> Tensor | None:
-    return scales[i] if scales else None
+def _scale(block_scales: Sequence[Tensor] | None, i: int) -> Tensor | None:
+    return block_scales[i] if block_scales else None
 
 
 def _fma(a: Tensor, b: float, c: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def lion_step(
     step: Tensor | None = None,
     cautious: bool = False,
     cautious_decay: bool = False,
-    scales: Sequence[Tensor] | None = None,
+    block_scales: Sequence[Tensor] | None = None,
     agreeing: Tensor | None = None,
 ) -> None:
     """c = beta1 * m + (1 - beta1) * g;  m = beta2 * m + (1 - beta2) * g;
@@ -102,7 +102,7 @@ def lion_step(
     decay = _f32(1 - lr.item() * weight_decay)
     put = _Rounding(params, rounding, lows, seed, step)
     for i, (g, exp_avg) in enumerate(zip(grads, exp_avgs, strict=True)):
-        m = read_momentum(exp_avg, _scale(scales, i)).float()
+        m = read_momentum(exp_avg, _scale(block_scales, i)).float()
         c = _interpolate(m, g, beta1, maximize, grad_scale)
         next_m = _interpolate(m, g, beta2, maximize, grad_scale)
         sign = _cautious(c.sign(), g, maximize) if cautious else c.sign()
@@ -120,7 +120,7 @@ def lion_step(
             next_p = torch.where(skip, p, next_p)
             next_m = torch.where(skip, m, next_m)
         put.store(i, next_p)
-        write_momentum(exp_avg, _scale(scales, i), next_m)
+        write_momentum(exp_avg, _scale(block_scales, i), next_m)
     if step is not None:
         step += 1
 
@@ -133,11 +133,13 @@ def count_agreeing(
     beta1: float,
     maximize: bool,
     grad_scale: Tensor | None = None,
-    scales: Sequence[Tensor] | None = None,
+    block_scales: Sequence[Tensor] | None = None,
 ) -> None:
     """Adds to agreeing[i] the elements of tensor i where sign(c) is g's, as g is descended."""
     for i, (g, exp_avg) in enumerate(zip(grads, exp_avgs, strict=True)):
-        c = _interpolate(read_momentum(exp_avg, _scale(scales, i)), g, beta1, maximize, grad_scale)
+        c = _interpolate(
+            read_momentum(exp_avg, _scale(block_scales, i)), g, beta1, maximize, grad_scale
+        )
         agreeing[i] += (_cautious(c.sign(), g, maximize).abs() == 1).sum()
 
 
@@ -157,7 +159,7 @@ def encode(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     cautious: bool = False,
-    scales: Sequence[Tensor] | None = None,
+    block_scales: Sequence[Tensor] | None = None,
 ) -> None:
     """vote = sign(c), sent as v = (vote + 1) / 2 (one plane; a zero vote is a coin) or
     v = vote + 1 (two planes). A non-finite c votes zero and leaves its momentum; cautious, a vote
@@ -168,7 +170,7 @@ def encode(
     flat = torch.zeros(shards * words_per_shard * BITS_PER_WORD, dtype=torch.int64)
     word = 0
     for i, (g, exp_avg) in enumerate(zip(grads, exp_avgs, strict=True)):
-        m = read_momentum(exp_avg, _scale(scales, i)).float()
+        m = read_momentum(exp_avg, _scale(block_scales, i)).float()
         vote = torch.zeros_like(m)
         if g is not None:
             c = _interpolate(m, g, beta1, maximize, grad_scale)
@@ -176,7 +178,7 @@ def encode(
             vote = _cautious(c.sign(), g, maximize) if cautious else c.sign()
             vote = torch.where(abstain, 0.0, vote)
             next_m = _interpolate(m, g, beta2, maximize, grad_scale)
-            write_momentum(exp_avg, _scale(scales, i), torch.where(abstain, m, next_m))
+            write_momentum(exp_avg, _scale(block_scales, i), torch.where(abstain, m, next_m))
             nonfinite += abstain.sum()
         votes = storage_order(torch.empty_like(m).copy_(vote)).long()
         if n_planes == 2:

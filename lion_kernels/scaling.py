@@ -20,11 +20,14 @@ class Scaling:
     found_inf: Tensor | None = None
 
     @classmethod
-    def of(cls, optimizer: Any, device: torch.device) -> "Scaling":
-        """What a GradScaler left at an optimizer for the step that it calls."""
+    def of(cls, optimizer: Any) -> "Scaling":
+        """What a GradScaler left at an optimizer for the step that it calls, and takes away when
+        that has returned."""
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and not isinstance(found_inf, Tensor):
             # The sum of nothing, of a rank where no parameter has a gradient, is a number.
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            device = next((p.device for p in params if p.is_cuda), torch.device("cpu"))
             found_inf = torch.full((1,), float(found_inf), device=device)
         return cls(getattr(optimizer, "grad_scale", None), found_inf)
 

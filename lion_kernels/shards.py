@@ -1,9 +1,9 @@
 """Tensors that stand for others: DTensors, of which one shard lies here, and wrappers, which have
 no storage of their own.
 
-A leaf. Says what lies here, makes a DTensor of it again, and how the scales of an int8 momentum are
-cut. Imports torch.distributed only where a DTensor is made; knows no process group and no
-optimizer.
+A leaf. Says what lies here, makes a DTensor of it again, and how the block scales of an int8
+momentum are cut. Imports torch.distributed only where a DTensor is made; knows no process group and
+no optimizer.
 """
 
 from collections.abc import Sequence
@@ -68,9 +68,9 @@ def cut_as(p: Any, shard: Tensor) -> Tensor:
 
 
 def scales_like(p: Any) -> tuple[list[int], Sequence[Any]]:
-    """The shape of the scales of an int8 momentum, one for every block; for a DTensor the global
+    """The shape of an int8 momentum's block scales, one for every block; for a DTensor the global
     shape and its placements. They are cut where ``p`` is: (cuts of each dimension, blocks of the
-    largest shard), so that scales of another cut have another shape."""
+    largest shard), so that those of another cut have another shape."""
     if not is_distributed(p):
         return [blocks_of(p.numel())], ()
     from torch.distributed.tensor import Replicate, Shard
@@ -88,12 +88,12 @@ def scales_like(p: Any) -> tuple[list[int], Sequence[Any]]:
 
 
 def zero_scales(p: Any) -> Tensor:
-    """The scales of a zero int8 momentum of ``p``, cut as ``scales_like`` says."""
+    """The block scales of a zero int8 momentum of ``p``, cut as ``scales_like`` says."""
     shape, placements = scales_like(p)
-    scales = torch.zeros(shape[-1], dtype=torch.float32, device=p.device)
+    block_scales = torch.zeros(shape[-1], dtype=torch.float32, device=p.device)
     if not is_distributed(p):
-        return scales
+        return block_scales
     from torch.distributed.tensor import DTensor
 
-    here = scales.view(*[1] * p.dim(), -1)
+    here = block_scales.view(*[1] * p.dim(), -1)
     return DTensor.from_local(here, p.device_mesh, placements, run_check=False)

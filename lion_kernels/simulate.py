@@ -12,7 +12,8 @@ as over a process group.
 
 What every rank must call (the constructor, step, add_param_group, verify_replicas) is called for
 one worker after the other. It goes as far as it can on its own and ends within the last worker's
-call: until then, the workers' parameters are those of before, and their gradients must stay.
+call, which raises the error that real ranks would raise each. Until then, the workers' parameters
+are those of before, and their gradients, and learning rates that are tensors, must stay.
 """
 
 from lion_kernels.options import check_integer

@@ -199,7 +199,7 @@ MUTANTS = [
     ("blocks of another memory format", "lion_kernels/states/tensors.py",
      "torch.int8 and m.stride() == source.stride()", "torch.int8"),
     ("every rank's scales from its first", "lion_kernels/states/tensors.py",
-     "local(scales).flatten()[:blocks]", "local(scales).flatten()[:1].repeat(blocks)"),
+     "local(block_scales).flatten()[:blocks]", "local(scales).flatten()[:1].repeat(blocks)"),
     ("the whole model a shard", "lion_kernels/shards.py",
      "return t.to_local() if", "return t.full_tensor() if"),
     ("optimi clears it", "lion_kernels/states/interchange.py",

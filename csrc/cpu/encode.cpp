@@ -42,14 +42,14 @@ void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList ex
             bool maximize, int64_t seed, int64_t rank, const at::Tensor& step,
             const at::Tensor& nonfinite, const std::optional<at::Tensor>& grad_scale,
             const std::optional<at::Tensor>& found_inf, bool cautious,
-            const OptionalTensors& scales) {
+            const OptionalTensors& block_scales) {
   TORCH_CHECK_VALUE(grads.size() == exp_avgs.size(),
                     "grads and exp_avgs must have equal lengths, got ", grads.size(), " and ",
                     exp_avgs.size());
   check_planes(ballot, "ballot", 3);
   TORCH_CHECK_VALUE(ballot.size(1) == 1 || ballot.size(1) == 2,
                     "ballot must have 1 plane (binary) or 2 (ternary), got ", ballot.size(1));
-  Lists lists(exp_avgs.size(), &scales);
+  Lists lists(exp_avgs.size(), &block_scales);
   std::vector<uint32_t> present(static_cast<size_t>(words_of(exp_avgs.size())), 0u);
   for (size_t i = 0; i < exp_avgs.size(); ++i) {
     const std::optional<at::Tensor> g = grads.get(i);

@@ -34,17 +34,17 @@ void* low_of(Rounding rounding, const OptionalTensors* lows, int64_t i, const at
 }
 
 // The scales of an int8 momentum, one a block.
-float* scales_of(const at::Tensor& exp_avg, int64_t i, size_t n_exp_avgs,
-                 const OptionalTensors* scales) {
+float* block_scales_of(const at::Tensor& exp_avg, int64_t i, size_t n_exp_avgs,
+                       const OptionalTensors* block_scales) {
   if (exp_avg.scalar_type() != at::kChar) return nullptr;
-  const size_t n_scales = scales->has_value() ? (*scales)->size() : 0;
-  TORCH_CHECK_VALUE(n_scales == n_exp_avgs, "scales must have ", n_exp_avgs, " tensors, got ",
+  const size_t n_scales = block_scales->has_value() ? (*block_scales)->size() : 0;
+  TORCH_CHECK_VALUE(n_scales == n_exp_avgs, "block_scales must have ", n_exp_avgs, " tensors, got ",
                     n_scales);
-  const at::Tensor scale = (*scales)->get(static_cast<size_t>(i));
+  const at::Tensor scale = (*block_scales)->get(static_cast<size_t>(i));
   const int64_t blocks = (exp_avg.numel() + kBlock - 1) / kBlock;
   TORCH_CHECK_VALUE(scale.scalar_type() == at::kFloat && scale.device() == exp_avg.device() &&
                         scale.dim() == 1 && scale.numel() == blocks && scale.is_contiguous(),
-                    "scales[", i, "] must be contiguous float32 of shape [", blocks, "] on ",
+                    "block_scales[", i, "] must be contiguous float32 of shape [", blocks, "] on ",
                     exp_avg.device(), ", got ", scale.scalar_type(), " of shape ", scale.sizes(),
                     " with strides ", scale.strides(), " on ", scale.device());
   return scale.data_ptr<float>();
@@ -52,9 +52,9 @@ float* scales_of(const at::Tensor& exp_avg, int64_t i, size_t n_exp_avgs,
 
 }  // namespace
 
-Lists::Lists(size_t n_items, const OptionalTensors* scales, Rounding rounding,
+Lists::Lists(size_t n_items, const OptionalTensors* block_scales, Rounding rounding,
              const OptionalTensors* lows)
-    : scales_(scales), lows_(lows), rounding_(rounding), n_items_(n_items) {
+    : scales_(block_scales), lows_(lows), rounding_(rounding), n_items_(n_items) {
   items_.reserve(n_items);
   space_.first.reserve(n_items + 1);
 }
@@ -86,7 +86,7 @@ Item& Lists::append(const Entry& entry, const at::Tensor& like) {
     item.exp_avg_dtype = momentum_dtype_of(*m, i);
     item.exp_avg = m->data_ptr();
     item.exp_avg_size = static_cast<int64_t>(m->element_size());
-    item.scales = scales_of(*m, i, n_items_, scales_);
+    item.block_scales = block_scales_of(*m, i, n_items_, scales_);
   }
   space_.append(item.numel);
   return item;

@@ -26,15 +26,15 @@ struct Item {
   void* exp_avg;
   int64_t numel, data_size, exp_avg_size;  // sizes: bytes an element
   DType dtype, exp_avg_dtype;
-  void* low;      // of as many bytes an element as the parameter; itself where nothing is kept
-  float* scales;  // of an int8 momentum
+  void* low;  // of as many bytes an element as the parameter; itself where nothing is kept
+  float* block_scales;  // of an int8 momentum
 };
 
 class Lists {
  public:
-  // scales: of int8 momenta; lows: what the parameters dropped, compensated rounding only. Null
-  // where the op has no such list.
-  Lists(size_t n_items, const OptionalTensors* scales, Rounding rounding = kNearest,
+  // block_scales: of int8 momenta; lows: what the parameters dropped, compensated rounding only.
+  // Null where the op has no such list.
+  Lists(size_t n_items, const OptionalTensors* block_scales, Rounding rounding = kNearest,
         const OptionalTensors* lows = nullptr);
 
   // Lays the entry behind the others. Raises ValueError unless all of it lies on the device and in
@@ -96,10 +96,10 @@ void for_each_chunk(const SimdLevel& kernels, const Item& item, const Segment& r
   for (int64_t done = 0; done < run.count; done += kChunk) {
     const Segment chunk{run.offset + done, std::min(kChunk, run.count - done)};
     int8_t* q = static_cast<int8_t*>(item.exp_avg) + chunk.offset;
-    float* scales = item.scales + chunk.offset / kBlock;
-    kernels.dequantize(q, scales, chunk.count, m);
+    float* block_scales = item.block_scales + chunk.offset / kBlock;
+    kernels.dequantize(q, block_scales, chunk.count, m);
     visit(chunk, static_cast<void*>(m), kFloat32);
-    if (kWrite) kernels.quantize(m, chunk.count, q, scales);
+    if (kWrite) kernels.quantize(m, chunk.count, q, block_scales);
   }
 }
 

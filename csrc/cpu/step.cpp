@@ -19,11 +19,11 @@ namespace {
 
 void count_agreeing(at::TensorList grads, at::TensorList exp_avgs, const at::Tensor& agreeing,
                     double beta1, bool maximize, const std::optional<at::Tensor>& grad_scale,
-                    const OptionalTensors& scales) {
+                    const OptionalTensors& block_scales) {
   TORCH_CHECK_VALUE(grads.size() == exp_avgs.size(),
                     "grads and exp_avgs must have equal lengths, got ", grads.size(), " and ",
                     exp_avgs.size());
-  Lists lists(grads.size(), &scales);
+  Lists lists(grads.size(), &block_scales);
   for (size_t i = 0; i < grads.size(); ++i)
     lists.append({nullptr, &grads[i], &exp_avgs[i]}, grads[i]);
   check_agreeing(agreeing, lists.size());
@@ -53,13 +53,13 @@ void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_a
                const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf, c10::string_view rounding_name,
                const OptionalTensors& lows, int64_t seed, const std::optional<at::Tensor>& step,
-               bool cautious, bool cautious_decay, const OptionalTensors& scales,
+               bool cautious, bool cautious_decay, const OptionalTensors& block_scales,
                const std::optional<at::Tensor>& agreeing) {
   const Rounding rounding = check_rounding(rounding_name, lows, params.size(), step);
   TORCH_CHECK_VALUE(params.size() == grads.size() && params.size() == exp_avgs.size(),
                     "params, grads and exp_avgs must have equal lengths, got ", params.size(), ", ",
                     grads.size(), " and ", exp_avgs.size());
-  Lists lists(params.size(), &scales, rounding, &lows);
+  Lists lists(params.size(), &block_scales, rounding, &lows);
   for (size_t i = 0; i < params.size(); ++i)
     lists.append({&params[i], &grads[i], &exp_avgs[i]}, params[i]);
   if (agreeing.has_value()) {

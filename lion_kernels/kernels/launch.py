@@ -122,11 +122,11 @@ def _kept(params: Sequence[Tensor], lows: Sequence[Tensor] | None) -> list[Tenso
     return [None if _ops.low_dtype(p.dtype) is None else low for p, low in pairs]
 
 
-def _used(exp_avgs: Sequence[Tensor], scales: Sequence[Tensor] | None) -> list[Tensor | None]:
-    """The scales that the kernels read."""
-    if not scales:
+def _used(exp_avgs: Sequence[Tensor], block_scales: Sequence[Tensor] | None) -> list[Tensor | None]:
+    """The block scales that the kernels read."""
+    if not block_scales:
         return [None] * len(exp_avgs)
-    pairs = zip(exp_avgs, scales, strict=True)
+    pairs = zip(exp_avgs, block_scales, strict=True)
     return [scale if m.dtype == torch.int8 else None for m, scale in pairs]
 
 
@@ -152,7 +152,7 @@ def lion_step(
     step: Tensor | None = None,
     cautious: bool = False,
     cautious_decay: bool = False,
-    scales: Sequence[Tensor] | None = None,
+    block_scales: Sequence[Tensor] | None = None,
     agreeing: Tensor | None = None,
 ) -> None:
     """See reference.lion_step."""
@@ -161,17 +161,17 @@ def lion_step(
 
     def launches() -> Launches:
         _ops.CHECKS["lion_step"](**given)
-        check_dense(params, "params", params)
+        check_dense(params, "params", params, device)
         check_dense(grads, "grads", params)
         check_dense(exp_avgs, "exp_avgs", params)
         kept = _kept(params, lows)
         check_dense(kept, "lows", params)
-        used = _used(exp_avgs, scales)
+        used = _used(exp_avgs, block_scales)
         return rows_by_dtypes(
-            params, grads, exp_avgs, lows=kept, scales=used, decided_by=(params, exp_avgs)
+            params, grads, exp_avgs, lows=kept, block_scales=used, decided_by=(params, exp_avgs)
         )
 
-    tensors, addresses = identity(grads, params, exp_avgs, lows or (), scales or ())
+    tensors, addresses = identity(grads, params, exp_avgs, lows or (), block_scales or ())
     scalars = _shapes(lr, grad_scale, found_inf, step)
     counts = () if agreeing is None else _layouts(agreeing)
     key = ("lion_step", *tensors, rounding, cautious, *scalars, *counts)
@@ -215,7 +215,7 @@ def count_agreeing(
     beta1: float,
     maximize: bool,
     grad_scale: Tensor | None = None,
-    scales: Sequence[Tensor] | None = None,
+    block_scales: Sequence[Tensor] | None = None,
 ) -> None:
     """See reference.count_agreeing."""
     given = {**locals()}
@@ -225,12 +225,12 @@ def count_agreeing(
         _ops.CHECKS["count_agreeing"](**given)
         check_dense(grads, "grads", grads, device)
         check_dense(exp_avgs, "exp_avgs", grads)
-        absent, used = [None] * len(grads), _used(exp_avgs, scales)
+        absent, used = [None] * len(grads), _used(exp_avgs, block_scales)
         return rows_by_dtypes(
-            absent, grads, exp_avgs, lows=absent, scales=used, decided_by=(grads, exp_avgs)
+            absent, grads, exp_avgs, lows=absent, block_scales=used, decided_by=(grads, exp_avgs)
         )
 
-    tensors, addresses = identity(grads, exp_avgs, scales or ())
+    tensors, addresses = identity(grads, exp_avgs, block_scales or ())
     key = ("count_agreeing", *tensors, *_layouts(agreeing), *_shapes(grad_scale))
     complement1, _ = _complements(beta1, 0.0, maximize)
     scale_address = _address(grad_scale, "grad_scale", device)
@@ -259,7 +259,7 @@ def encode(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     cautious: bool = False,
-    scales: Sequence[Tensor] | None = None,
+    block_scales: Sequence[Tensor] | None = None,
 ) -> None:
     """See reference.encode."""
     given = {**locals()}
@@ -272,13 +272,13 @@ def encode(
         _check_words(flags, "flags", device)
         check_dense(exp_avgs, "exp_avgs", exp_avgs, device)
         check_dense(grads, "grads", exp_avgs)
-        absent, used = [None] * len(exp_avgs), _used(exp_avgs, scales)
+        absent, used = [None] * len(exp_avgs), _used(exp_avgs, block_scales)
         return rows_by_dtypes(
             absent,
             grads,
             exp_avgs,
             lows=absent,
-            scales=used,
+            block_scales=used,
             decided_by=(grads, exp_avgs),
             n_words=n_words,
         )
@@ -287,7 +287,7 @@ def encode(
         return pack_flags([g is not None for g in grads], flags.shape[1])
 
     buffers = _layouts(ballot, flags)
-    tensors, addresses = identity(grads, exp_avgs, scales or ())
+    tensors, addresses = identity(grads, exp_avgs, block_scales or ())
     key = ("encode", *tensors, *buffers, *_shapes(step, grad_scale, found_inf))
     _check_place(step, "step", device, torch.int64)
     _check_place(nonfinite, "nonfinite", device, torch.int64)
@@ -354,7 +354,7 @@ def apply(
         absent, kept = [None] * len(params), _kept(params, lows)
         check_dense(kept, "lows", params)
         return rows_by_dtypes(
-            params, absent, absent, lows=kept, scales=absent, decided_by=(params,)
+            params, absent, absent, lows=kept, block_scales=absent, decided_by=(params,)
         )
 
     buffers = _layouts(verdict, presence)

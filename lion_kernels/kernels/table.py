@@ -215,7 +215,7 @@ def rows_by_dtypes(
     grads: Sequence[Tensor | None],
     exp_avgs: Sequence[Tensor | None],
     lows: Sequence[Tensor | None],
-    scales: Sequence[Tensor | None],
+    block_scales: Sequence[Tensor | None],
     decided_by: Sequence[Sequence[Tensor | None]],
     n_words: int | None = None,
 ) -> Launches:
@@ -225,7 +225,7 @@ def rows_by_dtypes(
     launches: Launches = {}
     undecided: list[Row] = []
     word = 0
-    for i, tensors in enumerate(zip(params, grads, exp_avgs, lows, scales, strict=True)):
+    for i, tensors in enumerate(zip(params, grads, exp_avgs, lows, block_scales, strict=True)):
         numel = next(t.numel() for t in tensors if t is not None)
         p, g, m, low, scale = (0 if t is None else t.data_ptr() for t in tensors)
         deciding = [each[i] for each in decided_by]

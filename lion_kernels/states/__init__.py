@@ -6,20 +6,20 @@ loading.py brings a saved state in. A plain step needs the names below alone.
 
 from lion_kernels.states.tensors import (
     KEYS,
+    block_scales_of,
     check_fits,
     compensation,
     momentum,
-    scales_of,
     step_counter,
     whole_parameter,
 )
 
 __all__ = [
     "KEYS",
+    "block_scales_of",
     "check_fits",
     "compensation",
     "momentum",
-    "scales_of",
     "step_counter",
     "whole_parameter",
 ]

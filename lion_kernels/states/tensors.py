@@ -1,7 +1,7 @@
 """What an optimizer keeps beside its parameters: momenta and compensations, in the memory layout of
 their parameters and on their devices. Knows no steps and no other library.
 
-Keys: "exp_avg"; "exp_avg_scale", the scales of an int8 one; "compensation", in its parameter's
+Keys: "exp_avg"; "exp_avg_scale", an int8 one's block scales; "compensation", in its parameter's
 dtype: of a float16 parameter the value that is dropped, of a bfloat16 one the 16 bits, which no
 collective would carry as integers. Parameters that are DTensors have DTensors as state, so that
 each rank saves its shard.
@@ -21,16 +21,16 @@ from lion_kernels.shards import cut_of, is_distributed, local, scales_like, zero
 KEYS = ("exp_avg", "exp_avg_scale", "compensation")
 
 
-def scales_of(state: dict[str, Tensor]) -> Tensor:
-    """The scales of an int8 momentum as the ops take them."""
-    scales, blocks = state["exp_avg_scale"], blocks_of(local(state["exp_avg"]).numel())
-    return local(scales).flatten()[:blocks] if is_distributed(scales) else scales
+def block_scales_of(state: dict[str, Tensor]) -> Tensor:
+    """The block scales of an int8 momentum as the ops take them."""
+    block_scales, blocks = state["exp_avg_scale"], blocks_of(local(state["exp_avg"]).numel())
+    return local(block_scales).flatten()[:blocks] if is_distributed(block_scales) else block_scales
 
 
 def _parts(state: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """This rank's momentum, and its scales where it is int8."""
+    """This rank's momentum, and its block scales where it is int8."""
     m = local(state["exp_avg"])
-    return m, scales_of(state) if m.dtype == torch.int8 else None
+    return m, block_scales_of(state) if m.dtype == torch.int8 else None
 
 
 def exact_momentum(state: dict[str, Tensor]) -> Tensor:
@@ -149,26 +149,26 @@ _RECUT = (
 )
 
 
-def _check_scales_fit(q: Tensor, scales: Any, p: Tensor, where: str) -> None:
+def _check_scales_fit(q: Tensor, block_scales: Any, p: Tensor, where: str) -> None:
     shape, placements = scales_like(p)
     if (
-        not isinstance(scales, Tensor)
+        not isinstance(block_scales, Tensor)
         or not is_dense(local(q))
-        or scales.dtype != torch.float32
-        or list(scales.shape) != shape
-        or tuple(getattr(scales, "placements", ())) != tuple(placements)
+        or block_scales.dtype != torch.float32
+        or list(block_scales.shape) != shape
+        or tuple(getattr(block_scales, "placements", ())) != tuple(placements)
     ):
-        got = tuple(scales.shape) if isinstance(scales, Tensor) else None
+        got = tuple(block_scales.shape) if isinstance(block_scales, Tensor) else None
         raise ValueError(
             f"the int8 exp_avg of {where} must be dense and have a float32 exp_avg_scale of shape "
             f"{tuple(shape)}, got {got}: {_RECUT}"
         )
 
 
-def check_scales(q: Tensor, scales: Tensor, where: str) -> None:
-    """Raise ValueError unless ``scales``, which fit, can be those of the saved int8 momentum ``q``:
-    where a block has a scale, its largest element is +-127."""
-    flat = scales_of({"exp_avg": q, "exp_avg_scale": scales})
+def check_scales(q: Tensor, block_scales: Tensor, where: str) -> None:
+    """Raise ValueError unless ``block_scales``, which fit, can be those of the saved int8 momentum
+    ``q``: where a block has a scale, its largest element is +-127."""
+    flat = block_scales_of({"exp_avg": q, "exp_avg_scale": block_scales})
     sizes = storage_order(local(q)).abs()  # of -128 in int8: -128
     top = in_blocks(sizes).amax(1) if sizes.numel() > 0 else flat
     if not (flat.isfinite().all() and torch.equal(top == 127, flat > 0)):
@@ -182,7 +182,7 @@ def load_momentum(
     m, source = momentum(state, p, dtype), local(saved["exp_avg"])
     if m.dtype == source.dtype == torch.int8 and m.stride() == source.stride():
         m.copy_(source)
-        scales_of(state).copy_(scales_of(saved))
+        block_scales_of(state).copy_(block_scales_of(saved))
     else:
         write_momentum(*_parts(state), read_momentum(*_parts(saved)))
 

@@ -152,6 +152,11 @@ def compare_parameters(
     if not params:
         return
     yield (hashes := wire.values(hash_parameters(params).tolist(), params[0].device))
+    lengths = [len(every) for every in hashes.everyones]
+    if len(set(lengths)) > 1:
+        raise RuntimeError(
+            f"replicas differ: parameters and compensations are {_ranks_by_value(lengths)}"
+        )
     for label, values in zip(labels, zip(*hashes.everyones, strict=True), strict=True):
         if len(set(values)) > 1:
             words = [f"hash {value & (2**64 - 1):016x}" for value in values]

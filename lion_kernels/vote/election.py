@@ -5,6 +5,7 @@ Whoever drives an election decides what happens while it stops. Parameters are w
 verdict is whole, and not before. Knows no optimizer.
 """
 
+import weakref
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from functools import partial
@@ -34,8 +35,10 @@ class Electorate:
     def __init__(self, wire: Wire, poll: Poll, exchange: str) -> None:
         self.wire, self.poll, self.exchange = wire, poll, EXCHANGES[exchange]
         self.drive = wire.drive
-        # Of the last bucket of each group and kind.
-        self._buffers: dict[tuple[int, bool], tuple[Bucket, Buffers]] = {}
+        # Of each group and kind, with the last bucket that they served.
+        self._buffers: dict[tuple[int, bool], tuple[weakref.ref[Bucket], Buffers]] = {}
+        # Of the last parameter on a GPU: NCCL sends Python objects by way of one.
+        self._device = torch.device("cpu")
         self._voters: dict[int, list[Tensor]] = {}  # of each group, the same on every rank
 
     def is_member(self, p: Tensor) -> bool:
@@ -50,9 +53,9 @@ class Electorate:
         voters = set(map(id, self._voters.get(number, ())))
         known = [i for i, p in enumerate(params) if id(p) in voters]
         if number not in self._voters or not set(mine).issubset(known):
-            device = params[0].device if params else torch.device("cpu")
+            self._device = next((p.device for p in params if p.is_cuda), self._device)
             grads = [p.grad for p in params]
-            known = yield from union_of({*mine, *known}, self.wire, device)
+            known = yield from union_of({*mine, *known}, self.wire, self._device)
             if not all(p.grad is g for p, g in zip(params, grads, strict=True)):
                 raise RuntimeError("gradients must stay until the step of every rank has ended")
             self._voters[number] = [params[i] for i in known]
@@ -91,7 +94,8 @@ class Electorate:
             beta2=settings.betas[1], maximize=settings.maximize, seed=seed, rank=self.wire.rank,
             step=step, nonfinite=nonfinite,
             grad_scale=None if bucket.is_double else scaling.grad_scale,
-            found_inf=scaling.found_inf, cautious=settings.cautious, scales=encoded.scales,
+            found_inf=scaling.found_inf, cautious=settings.cautious,
+            block_scales=encoded.block_scales,
         )  # fmt: skip
         count = partial(self.poll.count, seed=seed, step=step)
         yield from self.exchange(self.wire, buffers, count)
@@ -108,11 +112,11 @@ class Electorate:
         """Those of a group's bucket; built anew when the list of voters changed."""
         key = (number, bucket.is_double)
         before, buffers = self._buffers.get(key, (None, None))
-        if before is not bucket or buffers is None:
+        if before is None or before() is not bucket or buffers is None:
             numels = tuple(p.numel() for p in bucket.params)
             is_same = buffers is not None and buffers.layout.numels == numels
             if buffers is None or not is_same or buffers.ballot.device != bucket.device:
                 is_sharded = self.exchange is EXCHANGES["sharded"]
                 buffers = Buffers.allocate(numels, self.poll, is_sharded, bucket.device)
-            self._buffers[key] = bucket, buffers
+            self._buffers[key] = weakref.ref(bucket), buffers
         return buffers

@@ -172,6 +172,9 @@ class Loopback(Wire):
             self._finish_together()
 
     def _begin(self) -> None:
+        """Run what is first in the queue up to its first transfer."""
+        if not self._queue:
+            return
         try:
             self._transfer = next(self._queue[0], None)
         except BaseException:
@@ -193,8 +196,13 @@ class Loopback(Wire):
             for worker in workers:
                 worker._queue.clear()
             raise
+        errors = []
         for worker in workers:
             worker._queue.popleft()
-        for worker in workers:
-            if worker._queue:
+            worker._transfer = None
+            try:
                 worker._begin()
+            except BaseException as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import backends
 from common import Dispatched, Workers, bits_equal, exact, generator, lr_of, no_counts, step_of
-from lion_kernels import Lion, _ops, kernels, options, reference
+from lion_kernels import Lion, kernels, native, options, reference
 from lion_kernels.kernels import config, launch, table
 from lion_kernels.layout import BallotLayout
 
@@ -225,7 +225,7 @@ def test_what_is_missing_is_said(monkeypatch):
     with FakeTensorMode():
         params = [torch.nn.Parameter(torch.zeros(5, device="cuda"))]
         Lion(params)  # one device needs Triton alone
-        monkeypatch.setattr(_ops, "build_info", lambda: {"cuda": False})
+        monkeypatch.setattr(native, "build_info", lambda: {"cuda": False})
         with pytest.raises(RuntimeError, match=r"built without CUDA.*LION_KERNELS_CUDA=1"):
             kernels.require(vote=True)
         monkeypatch.setitem(sys.modules, "lion_kernels.kernels.launch", None)
@@ -324,3 +324,12 @@ def test_a_step_reads_nothing_on_the_host(gpu_dispatch, monkeypatch):
     monkeypatch.undo()
     assert seen.names == ["lion_kernels::lion_step"]
     assert len(launches) == 1
+
+
+def test_one_device_a_list():
+    """A table's pointers are all of one device."""
+    here, there = torch.zeros(3), torch.zeros(3, device="meta")
+    with pytest.raises(ValueError, match=r"params\[1\] must be on cpu, got meta"):
+        launch.lion_step(
+            [here, there], [here, there], [here, there], lr_of(0.1), 0.9, 0.99, 0.0, False
+        )

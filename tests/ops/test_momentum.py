@@ -32,8 +32,8 @@ OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1, "momentum_dtyp
 
 
 def quantized(m):
-    q, scales = oracle.quantize(m.numpy())
-    return torch.from_numpy(q), torch.from_numpy(scales)
+    q, block_scales = oracle.quantize(m.numpy())
+    return torch.from_numpy(q), torch.from_numpy(block_scales)
 
 
 def momentum(n, gen):
@@ -43,9 +43,9 @@ def momentum(n, gen):
     return quantized(m)
 
 
-def twin(q, scales):
+def twin(q, block_scales):
     """The float32 momentum that an int8 one stands for."""
-    return torch.from_numpy(oracle.dequantize(q.numpy(), scales.numpy()))
+    return torch.from_numpy(oracle.dequantize(q.numpy(), block_scales.numpy()))
 
 
 def same(a, b):
@@ -53,10 +53,10 @@ def same(a, b):
     return torch.equal(a.isnan(), b.isnan()) and bits_equal(a[~a.isnan()], b[~b.isnan()])
 
 
-def check(q, scales, m):
+def check(q, block_scales, m):
     """(q, scales) is what the oracle makes of the float32 momentum m."""
     want = quantized(m)
-    assert torch.equal(q, want[0]) and bits_equal(scales, want[1])
+    assert torch.equal(q, want[0]) and bits_equal(block_scales, want[1])
 
 
 @pytest.mark.parametrize("p_dtype", STORAGE_DTYPES)
@@ -64,15 +64,15 @@ def check(q, scales, m):
 def test_step(backend, n, p_dtype):
     """The step of a float32 momentum, which is then stored: parameter and momentum bit for bit."""
     gen = generator(n)
-    (q0, s0), (q, scales) = momentum(70, gen), momentum(n, gen)
+    (q0, s0), (q, block_scales) = momentum(70, gen), momentum(n, gen)
     p, g = (torch.randn(n, generator=gen).to(p_dtype) for _ in range(2))
     p0, g0 = (torch.randn(70, generator=gen) for _ in range(2))
-    expected_p, m, m0 = p.clone(), twin(q, scales), twin(q0, s0)
+    expected_p, m, m0 = p.clone(), twin(q, block_scales), twin(q0, s0)
     rest = (lr_of(1e-3), 0.9, 0.99, 0.1, False)
     backend.lion_step([p0.clone(), expected_p], [g0, g], [m0, m], *rest)
-    backend.lion_step([p0, p], [g0, g], [q0, q], *rest, scales=[s0, scales])
+    backend.lion_step([p0, p], [g0, g], [q0, q], *rest, block_scales=[s0, block_scales])
     assert bits_equal(p, expected_p)
-    check(q, scales, m)
+    check(q, block_scales, m)
     check(q0, s0, m0)
 
 
@@ -81,17 +81,19 @@ def test_step(backend, n, p_dtype):
 def test_not_finite(backend, options, skip):
     """A NaN or an infinity costs its block no precision; skipped, the momentum is stored again."""
     gen = generator(1)
-    q, scales = momentum(1000, gen)
+    q, block_scales = momentum(1000, gen)
     p, g = torch.randn(1000, generator=gen), torch.randn(1000, generator=gen)
     g[3], g[200], g[300], g[999] = torch.nan, torch.inf, -torch.inf, torch.nan
     q[301] = -128  # not finite before
-    expected_p, m, counts, wanted = p.clone(), twin(q, scales), no_counts(), no_counts()
+    expected_p, m, counts, wanted = p.clone(), twin(q, block_scales), no_counts(), no_counts()
     assert m[301].isnan()
     rest = (lr_of(1e-3), 0.9, 0.99, 0.1, False)
     backend.lion_step([expected_p], [g], [m], *rest, wanted if skip else None, **options)
-    backend.lion_step([p], [g], [q], *rest, counts if skip else None, scales=[scales], **options)
+    backend.lion_step(
+        [p], [g], [q], *rest, counts if skip else None, block_scales=[block_scales], **options
+    )
     assert same(p, expected_p)
-    check(q, scales, m)
+    check(q, block_scales, m)
     bad = (q == -128).nonzero().flatten().tolist()
     assert bad == ([301] if skip else [3, 200, 300, 301, 999])
     assert counts.item() == wanted.item() == (5 if skip else 0)
@@ -106,7 +108,7 @@ def test_encode(backend, shards, planes):
     grads = [torch.randn(n, generator=gen).to(STORAGE_DTYPES[i % 3]) for i, n in enumerate(numels)]
     grads[2][77], grads[5] = torch.nan, None
     stored = [momentum(n, gen) for n in numels]
-    momenta = [twin(q, scales) for q, scales in stored]
+    momenta = [twin(q, block_scales) for q, block_scales in stored]
     before = [q.clone() for q, _ in stored]
     layout, sent = BallotLayout(numels, planes, shards), []
     for int8 in (False, True):
@@ -117,13 +119,13 @@ def test_encode(backend, shards, planes):
         backend.encode(
             grads, [q for q, _ in stored] if int8 else momenta, layout.planes_of(chunks),
             layout.flags_of(chunks), 0.9, 0.99, False, 11, 3, step_of(5), counts, None, None,
-            shards == 3, [scales for _, scales in stored] if int8 else None,
+            shards == 3, [block_scales for _, block_scales in stored] if int8 else None,
         )  # fmt: skip
         assert counts.item() == 1
         sent.append(words(chunks))
     np.testing.assert_array_equal(*sent)
-    for i, ((q, scales), m) in enumerate(zip(stored, momenta, strict=True)):
-        check(q, scales, m)
+    for i, ((q, block_scales), m) in enumerate(zip(stored, momenta, strict=True)):
+        check(q, block_scales, m)
         assert torch.equal(q, before[i]) == (grads[i] is None or numels[i] < 2)
 
 
@@ -136,21 +138,23 @@ def test_counting_those_that_agree(backend):
         [torch.randn(n, generator=gen) for n in numels],
     )
     before, counts = [q.clone() for q, _ in stored], torch.zeros(2, 3, dtype=torch.int64)
-    scales = [scale for _, scale in stored]
+    block_scales = [scale for _, scale in stored]
     backend.count_agreeing(grads, [twin(*pair) for pair in stored], counts[0], 0.9, False)
-    backend.count_agreeing(grads, [q for q, _ in stored], counts[1], 0.9, False, scales=scales)
+    backend.count_agreeing(
+        grads, [q for q, _ in stored], counts[1], 0.9, False, block_scales=block_scales
+    )
     assert torch.equal(counts[0], counts[1]) and counts.all()
     assert all(torch.equal(q, old) for (q, _), old in zip(stored, before, strict=True))
 
 
 def test_found_inf_changes_nothing(backend):
-    q, scales = momentum(300, generator(2))
-    before, p = (q.clone(), scales.clone()), torch.ones(300)
+    q, block_scales = momentum(300, generator(2))
+    before, p = (q.clone(), block_scales.clone()), torch.ones(300)
     backend.lion_step(
         [p], [torch.ones(300)], [q], lr_of(1e-3), 0.9, 0.99, 0.1, False,
-        found_inf=torch.ones(1), scales=[scales],
+        found_inf=torch.ones(1), block_scales=[block_scales],
     )  # fmt: skip
-    assert torch.equal(q, before[0]) and bits_equal(scales, before[1]) and (p == 1).all()
+    assert torch.equal(q, before[0]) and bits_equal(block_scales, before[1]) and (p == 1).all()
 
 
 def test_every_magnitude(backend):
@@ -158,14 +162,14 @@ def test_every_magnitude(backend):
     gen = generator(3)
     scale = 2.0 ** torch.arange(-149, 128).double()
     m = (torch.rand(277, 128, generator=gen).double() * scale.unsqueeze(1)).float().flatten()
-    q, scales = quantized(torch.zeros_like(m))
+    q, block_scales = quantized(torch.zeros_like(m))
     p = torch.zeros_like(m)
     rest = (lr_of(0.0), 0.0, 0.0, 0.0, False)  # the next momentum is the gradient
-    backend.lion_step([p], [m], [q], *rest, scales=[scales])
-    check(q, scales, m)
-    near = (twin(q, scales) - m).abs().view(277, 128) / scales.unsqueeze(1)
+    backend.lion_step([p], [m], [q], *rest, block_scales=[block_scales])
+    check(q, block_scales, m)
+    near = (twin(q, block_scales) - m).abs().view(277, 128) / block_scales.unsqueeze(1)
     assert (near[30:] <= (127**2 - 126.5**2) / 127**2 * (1 + 1e-6)).all()
-    assert torch.equal(dequantize(q, scales), twin(q, scales))
+    assert torch.equal(dequantize(q, block_scales), twin(q, block_scales))
 
 
 @triton.jit
@@ -194,10 +198,10 @@ def test_roots_without_a_slow_path_are_exact():
 
 
 def test_storing_what_was_read_changes_nothing():
-    q, scales = momentum(5000, generator(4))
-    check(q, scales, twin(q, scales))
-    again, same_scales = quantize(dequantize(q, scales))
-    assert torch.equal(again, q) and bits_equal(same_scales, scales)
+    q, block_scales = momentum(5000, generator(4))
+    check(q, block_scales, twin(q, block_scales))
+    again, same_scales = quantize(dequantize(q, block_scales))
+    assert torch.equal(again, q) and bits_equal(same_scales, block_scales)
 
 
 @pytest.mark.parametrize("exponent", [-60, -20, 20])
@@ -388,25 +392,25 @@ def test_a_parameter_with_gaps_and_one_in_float32():
 
 
 @pytest.mark.parametrize(
-    ("scales", "message"),
+    ("block_scales", "message"),
     [
-        (None, "scales must have 2 tensors, got 0"),
-        ([torch.zeros(8)], "scales must have 2 tensors, got 1"),
+        (None, "block_scales must have 2 tensors, got 0"),
+        ([torch.zeros(8)], "block_scales must have 2 tensors, got 1"),
         (
             [torch.zeros(7), torch.zeros(1)],
-            r"scales\[0\] must be contiguous float32 of shape \[8\]",
+            r"block_scales\[0\] must be contiguous float32 of shape \[8\]",
         ),
-        ([torch.zeros(8), torch.zeros(1).half()], r"scales\[1\] must be contiguous float32"),
-        ([torch.zeros(16)[::2], torch.zeros(1)], r"scales\[0\] must be contiguous"),
+        ([torch.zeros(8), torch.zeros(1).half()], r"block_scales\[1\] must be contiguous float32"),
+        ([torch.zeros(16)[::2], torch.zeros(1)], r"block_scales\[0\] must be contiguous"),
     ],
 )
-def test_bad_scales(backend, scales, message):
+def test_bad_scales(backend, block_scales, message):
     tensors = [torch.ones(1000), torch.ones(3)]
     momenta = [torch.zeros(1000, dtype=torch.int8), torch.zeros(3, dtype=torch.int8)]
     with pytest.raises(ValueError, match=message):
         backend.lion_step(
             tensors, [t.clone() for t in tensors], momenta, lr_of(0.1), 0.9, 0.99, 0.1, False,
-            scales=scales,
+            block_scales=block_scales,
         )  # fmt: skip
     assert all((t == 1).all() for t in tensors)
 
@@ -414,13 +418,13 @@ def test_bad_scales(backend, scales, message):
 def test_types_of_momentum_in_one_list(backend):
     """A float32 momentum beside an int8 one, whose place among the scales is not read."""
     gen = generator(9)
-    q, scales = momentum(300, gen)
-    m, expected = exact(300, gen), twin(q, scales)
+    q, block_scales = momentum(300, gen)
+    m, expected = exact(300, gen), twin(q, block_scales)
     params, grads = [torch.zeros(300) for _ in range(2)], [exact(300, gen) for _ in range(2)]
     rest = (lr_of(0.1), 0.5, 0.75, 0.0, False)
     twins = [[p.clone() for p in params], [m.clone(), expected]]
     backend.lion_step(twins[0], grads, twins[1], *rest)
-    backend.lion_step(params, grads, [m, q], *rest, scales=[torch.empty(0), scales])
+    backend.lion_step(params, grads, [m, q], *rest, block_scales=[torch.empty(0), block_scales])
     assert all(bits_equal(a, b) for a, b in zip(params, twins[0], strict=True))
     assert bits_equal(m, twins[1][0])
-    check(q, scales, expected)
+    check(q, block_scales, expected)

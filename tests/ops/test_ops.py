@@ -65,7 +65,10 @@ BAD = {
     "agreeing": (*changed("count_agreeing", 2, ints(2)), "agreeing must be contiguous int64"),
     "agreeing pairs": (*changed("count_agreeing", 0, []), "grads and exp_avgs must have equal"),
     "rescale": (*changed("lion_step, int8", 15, False), "agreeing rescales a cautious update"),
-    "scales": (*changed("lion_step, int8", 17, []), "scales must have 1 tensors, got 0"),
+    "block_scales": (
+        *changed("lion_step, int8", 17, []),
+        "block_scales must have 1 tensors, got 0",
+    ),
     "int momentum": (*changed("encode", 1, [torch.zeros(100).int(), torch.zeros(5, 3)]), "float32"),
     "ballot planes": (*changed("encode", 2, ints(2, 3, 4)), "1 plane"),
     "ballot dtype": (*changed("encode", 2, torch.zeros(2, 1, 4)), "int32"),

@@ -256,3 +256,60 @@ def test_a_state_that_is_moved_away_is_let_go():
     alive = weakref.ref(opt.state[p]["exp_avg"])
     opt.state[p]["exp_avg"] = opt.state[p]["exp_avg"].clone()
     assert alive() is None
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+def test_momenta_follow_the_dtype_of_parameters(groups, dtypes):
+    """Which an op would take as they come; with one group as with two."""
+    params = [torch.nn.Parameter(torch.ones(30, dtype=dtypes[0])) for _ in range(2)]
+    opt = Lion([{"params": params}] if groups == 1 else [{"params": [p]} for p in params], lr=1e-3)
+    for dtype in dtypes:
+        for p in params:
+            p.grad = None
+            p.data = p.data.to(dtype)
+            p.grad = torch.ones_like(p)
+        for _ in range(2):
+            opt.step()
+        assert [opt.state[p]["exp_avg"].dtype for p in params] == [dtype] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_replaced_momentum_takes_the_storage_of_the_option(dtype):
+    p = torch.nn.Parameter(torch.ones(30))
+    opt = Lion([p], lr=1e-3, momentum_dtype=dtype)
+    for replaced in (torch.float16, torch.float64):
+        p.grad = torch.ones(30)
+        opt.step()
+        opt.state[p]["exp_avg"] = opt.state[p]["exp_avg"].to(replaced)
+    opt.step()
+    assert opt.state[p]["exp_avg"].dtype == dtype
+
+
+def test_who_joins_a_single_group_has_the_others_asked():
+    p, late = torch.nn.Parameter(torch.ones(4, 5)), torch.nn.Parameter(torch.ones(3))
+    opt = Lion([p, late], lr=0.5)
+    for _ in range(2):
+        p.grad = torch.ones(4, 5)
+        opt.step()
+    p.grad = None
+    p.data = torch.ones(3, 4, 5)
+    p.grad, late.grad = torch.ones(3, 4, 5), torch.ones(3)
+    with pytest.raises(ValueError, match="exp_avg of parameter 0 of group 0 must have shape"):
+        opt.step()
+    assert torch.equal(p, torch.ones(3, 4, 5)) and torch.equal(late, torch.ones(3))
+
+
+def test_a_compensation_of_another_shape_is_named():
+    p = torch.nn.Parameter(torch.ones(4, 5, dtype=torch.bfloat16))
+    opt = Lion([p], lr=0.5, rounding="compensated")
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    before = p.detach().clone()
+    opt.state[p]["compensation"] = torch.zeros(5, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="compensation of parameter 0 of group 0 must have shape"):
+        opt.step()
+    assert torch.equal(p, before)

@@ -1,10 +1,11 @@
 """Workers of a loopback are ranks of a process group, bit for bit, and fail as they do."""
 
+import numpy as np
 import pytest
 import torch
 
-from common import Workers, bits_equal, generator
-from lion_kernels import DistributedLion
+from common import Workers, bits_equal, exact, generator
+from lion_kernels import DistributedLion, Lion
 from lion_kernels.simulate import loopback
 
 SHAPES = ((40, 30), (7,), (33,), (3, 5))
@@ -131,3 +132,111 @@ def test_a_worker_that_fails_leaves_the_others_waiting():
 def test_how_many_workers(n):
     with pytest.raises(ValueError, match="n must be an integer at least 1, got"):
         loopback(n)
+
+
+def test_compensations_are_compared_after_the_step():
+    world = Workers([torch.ones(40).bfloat16()], 2, rounding="compensated", check_every=1)
+    for step in range(2):
+        world.step([[exact(40, generator(10 * step + rank), torch.bfloat16)] for rank in range(2)])
+    del world.opts[1].state[world.params[1][0]]["compensation"]
+    world.opts[0].verify_replicas()
+    with pytest.raises(
+        RuntimeError, match="replicas differ: parameters and compensations are 2 on"
+    ):
+        world.opts[1].verify_replicas()
+
+
+def test_a_grad_scaler_is_agreed_on_from_the_first_step():
+    """Which takes away what it found when a worker's step has returned."""
+    world = Workers([torch.zeros(40)], 2, lr=0.5)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=4.0) for _ in world.opts]
+    for step in range(3):
+        for rank, (mine, opt, scaler) in enumerate(
+            zip(world.params, world.opts, scalers, strict=True)
+        ):
+            opt.zero_grad()
+            scaler.scale(mine[0].sum()).backward()
+            if step == 1 and rank == 0:
+                mine[0].grad[3] = torch.inf
+        for opt, scaler in zip(world.opts, scalers, strict=True):
+            scaler.step(opt)
+            scaler.update()
+    assert all(torch.equal(row[0], torch.full((40,), -1.0)) for row in world.params)
+
+
+def test_schedulers_may_step_before_the_next_worker():
+    """Options of all groups are read before a step waits for anything."""
+    ends, rows, opts = loopback(2), [], []
+    for end in ends:
+        rows.append([torch.nn.Parameter(torch.zeros(3)) for _ in range(2)])
+        groups = [{"params": [p]} for p in rows[-1]]
+        opts.append(DistributedLion(groups, lr=0.5, process_group=end, check_every=1))
+    for _ in range(2):
+        for row, opt in zip(rows, opts, strict=True):
+            for p in row:
+                p.grad = torch.ones(3)
+            opt.step()
+            for group in opt.param_groups:
+                group["lr"] = 0.25
+    assert all(torch.equal(p, torch.full((3,), -0.75)) for row in rows for p in row)
+
+
+def test_an_error_of_a_worker_that_waits_leaves_the_others_theirs():
+    def work(wire, fails=False):
+        if fails:
+            raise ValueError("at its begin")
+        yield wire.largest(torch.zeros(1))
+        done.append(wire.rank)
+
+    ends, done = loopback(3), []
+    for end in ends[:2]:
+        end.drive(work(end))
+        end.drive(work(end, fails=end.rank == 0))
+    with pytest.raises(ValueError, match="at its begin"):
+        ends[2].drive(work(ends[2]))
+    assert done == [0, 1, 2]
+    for end in (ends[0], ends[2]):  # the work of rank 1 waits as far as it came
+        end.drive(work(end))
+    assert done == [0, 1, 2, 0, 1, 2]
+
+
+def test_steps_are_counted_and_not_calls_of_hooks():
+    class Mine(DistributedLion):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    Lion([torch.nn.Parameter(torch.zeros(1))])  # from here on torch wraps Lion.step, too
+    p, compared = torch.nn.Parameter(torch.zeros(3)), []
+    opt = Mine([p], check_every=2, process_group=loopback(1)[0])
+    compare = opt._compare_replicas
+    opt._compare_replicas = lambda: compared.append(1) or compare()
+    for _ in range(4):
+        p.grad = torch.ones(3)
+        opt.step()
+    assert len(compared) == 2
+
+
+def test_a_compiled_step_may_check_replicas():
+    p = torch.nn.Parameter(torch.zeros(3))
+    opt = DistributedLion([p], lr=0.5, check_every=1, process_group=loopback(1)[0])
+    step = torch.compile(opt.step, backend="eager")
+    for _ in range(3):
+        p.grad = torch.ones(3)
+        step()
+    assert torch.equal(p, torch.full((3,), -1.5))
+
+
+def test_a_counter_that_is_missing_starts_anew():
+    world = Workers([torch.zeros(40)], 2, lr=0.5)
+    world.step([[torch.ones(40)]] * 2)
+    for opt in world.opts:
+        del opt.param_groups[0]["step"]
+    world.step([[torch.ones(40)]] * 2)
+    assert all(opt.param_groups[0]["step"] == 1 for opt in world.opts)
+
+
+def test_equal_options_of_other_types_agree():
+    ends = loopback(2)
+    one, two = ({"seed": np.int64(3), "broadcast": 1}, {"seed": 3, "broadcast": True})
+    for end, options in zip(ends, (one, two), strict=True):
+        DistributedLion([torch.nn.Parameter(torch.zeros(3))], process_group=end, **options)
