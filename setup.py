@@ -18,6 +18,7 @@ FLOOR = (2, 11)
 VERSION = re.search('= "(.+)"', (ROOT / "lion_kernels" / "_version.py").read_text()).group(1)
 # -ffp-contract=off: the kernels say themselves where a multiply and an add are fused.
 FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+FLAGS += os.environ.get("LION_KERNELS_CXXFLAGS", "").split()  # the last word, as -O1 -g
 
 
 def toolkit() -> str:

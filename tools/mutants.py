@@ -63,7 +63,7 @@ MUTANTS = [
      "select(negative(multiply(sum[j], p)), fill(1.0f), decay)", "decay"),
     ("cautious of half the signs", "csrc/simd/moments.h", "down &= negative(slope);", ""),
     ("one scale for all blocks", "csrc/simd/int8.h",
-     "q += kBlock, ++scales, m += kBlock)", "q += kBlock, m += kBlock)"),
+     "q += kBlock, ++block_scales, m += kBlock)", "q += kBlock, m += kBlock)"),
     ("steps on a line", "csrc/simd/int8.h",
      "multiply(square_root(magnitude(m)), steps)", "multiply(magnitude(m), steps)"),
     ("a NaN takes its block along", "csrc/simd/int8.h", "if (!is_finite) {", "if (false) {"),

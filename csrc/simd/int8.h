@@ -2,7 +2,8 @@
 //
 // q stands for scale * (|q| / 127)^2 * sign(q): the square gives small elements of a block, whose
 // sign the update takes, finer steps than a line would. The scale is the block's largest magnitude.
-// -128 is a momentum that was not finite, and reads as NaN; it takes no part in the scale.
+// -128 is a momentum that was not finite, and reads as NaN; it takes no part in the scale. Scales
+// may lie at any address, as in a file in memory.
 #pragma once
 
 #include <cmath>
@@ -30,7 +31,9 @@ inline bool has_not_finite(const int8_t* q_block) {
   return (zero & (128 * kOnes)) != 0;
 }
 
-inline void dequantize_block(const int8_t* q_block, float scale, float* m_block) {
+inline void dequantize_block(const int8_t* q_block, const float* scale_data, float* m_block) {
+  float scale;
+  std::memcpy(&scale, scale_data, sizeof(scale));
   for (int k = 0; k < kBlock; k += Vec::kLanes) {
     const Vec q = load(q_block + k);
     const Vec square = multiply(multiply(q, magnitude(q)), fill(1.0f / (kLargest * kLargest)));
@@ -61,7 +64,7 @@ inline void quantize_block(const float* m_block, int8_t* q_block, float* scale) 
     source = finite_block;
     top = largest_of(source);
   }
-  *scale = top;
+  std::memcpy(scale, &top, sizeof(top));
   // The roots of all float32, subnormals too, are normal numbers: nothing here can overflow.
   const Vec steps = fill(top > 0.0f ? kLargest / __builtin_sqrtf(top) : 0.0f);
   for (int k = 0; k < kBlock; k += Vec::kLanes) {
@@ -75,24 +78,25 @@ inline void quantize_block(const float* m_block, int8_t* q_block, float* scale) 
       if (m_block[k] - m_block[k] != 0.0f) q_block[k] = -128;
 }
 
-inline void dequantize_row(const int8_t* q, const float* scales, int64_t n, float* m) {
-  for (; n >= kBlock; n -= kBlock, q += kBlock, ++scales, m += kBlock)
-    dequantize_block(q, *scales, m);
+inline void dequantize_row(const int8_t* q, const float* block_scales, int64_t n, float* m) {
+  for (; n >= kBlock; n -= kBlock, q += kBlock, ++block_scales, m += kBlock)
+    dequantize_block(q, block_scales, m);
   if (n == 0) return;
   int8_t padded_q[kBlock] = {};
   float padded_m[kBlock];
   std::memcpy(padded_q, q, static_cast<size_t>(n));
-  dequantize_block(padded_q, *scales, padded_m);
+  dequantize_block(padded_q, block_scales, padded_m);
   std::memcpy(m, padded_m, static_cast<size_t>(n) * sizeof(float));
 }
 
-inline void quantize_row(const float* m, int64_t n, int8_t* q, float* scales) {
-  for (; n >= kBlock; n -= kBlock, q += kBlock, ++scales, m += kBlock) quantize_block(m, q, scales);
+inline void quantize_row(const float* m, int64_t n, int8_t* q, float* block_scales) {
+  for (; n >= kBlock; n -= kBlock, q += kBlock, ++block_scales, m += kBlock)
+    quantize_block(m, q, block_scales);
   if (n == 0) return;
   int8_t padded_q[kBlock];
   float padded_m[kBlock] = {};
   std::memcpy(padded_m, m, static_cast<size_t>(n) * sizeof(float));
-  quantize_block(padded_m, padded_q, scales);
+  quantize_block(padded_m, padded_q, block_scales);
   std::memcpy(q, padded_q, static_cast<size_t>(n));
 }
 

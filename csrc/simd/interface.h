@@ -91,8 +91,8 @@ struct SimdLevel {
       apply;
 
   // int8 momenta, a run that starts a block, one scale a block.
-  void (*dequantize)(const int8_t* q, const float* scales, int64_t n, float* m);
-  void (*quantize)(const float* m, int64_t n, int8_t* q, float* scales);
+  void (*dequantize)(const int8_t* q, const float* block_scales, int64_t n, float* m);
+  void (*quantize)(const float* m, int64_t n, int8_t* q, float* block_scales);
 
   // Words [begin, end).
   void (*tally)(const TallyRows&, int64_t begin, int64_t end);

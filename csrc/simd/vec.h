@@ -1,6 +1,7 @@
 // The few vector operations that the row kernels are written in, for the SIMD level of target.h.
 //
-// Storage is float, bf16 or fp16; arithmetic is float32; every conversion rounds to nearest even.
+// Storage is float, bf16 or fp16, at any address; arithmetic is float32; every conversion rounds to
+// nearest even.
 #pragma once
 
 #include <c10/util/Half.h>
@@ -228,8 +229,10 @@ inline Vec load(const BF16* x) {
   return {bit_cast<Floats>(__builtin_convertvector(bits, Words) << 16)};
 }
 inline Vec load(const F16* x) {
+  HalfWords bits;
+  std::memcpy(&bits, x, sizeof(bits));
   Vec out;
-  for (int k = 0; k < Vec::kLanes; ++k) out.v[k] = c10::detail::fp16_ieee_to_fp32_value(x[k].bits);
+  for (int k = 0; k < Vec::kLanes; ++k) out.v[k] = c10::detail::fp16_ieee_to_fp32_value(bits[k]);
   return out;
 }
 inline Vec load(const int8_t* x) {
@@ -246,7 +249,9 @@ inline void store(BF16* x, Vec a) {
   std::memcpy(x, &out, sizeof(out));
 }
 inline void store(F16* x, Vec a) {
-  for (int k = 0; k < Vec::kLanes; ++k) x[k].bits = c10::detail::fp16_ieee_from_fp32_value(a.v[k]);
+  HalfWords bits;
+  for (int k = 0; k < Vec::kLanes; ++k) bits[k] = c10::detail::fp16_ieee_from_fp32_value(a.v[k]);
+  std::memcpy(x, &bits, sizeof(bits));
 }
 inline void store(int8_t* x, Vec a) {
   // Added to 1.5 * 2^23, a float32 keeps no fraction.
