@@ -7,14 +7,11 @@
 namespace lion {
 namespace {
 
-// Raises unless the tensor is dense and lies as `like` does. What is common takes no call: a list
-// has 2,000 tensors.
+// Raises unless the tensor lies as `like` does, which is dense. What is common takes no call: a
+// list has 2,000 tensors.
 inline void check_place(const at::Tensor& tensor, const char* list, int64_t i,
                         const at::Tensor& like) {
-  if (&tensor == &like) {
-    if (!tensor.is_non_overlapping_and_dense()) check_dense(tensor, list, i);
-    return;
-  }
+  if (&tensor == &like) return;
   TORCH_CHECK_VALUE(tensor.device() == like.device(), list, "[", i, "] must be on ", like.device(),
                     ", got ", tensor.device());
   if (tensor.strides() != like.strides() || tensor.sizes() != like.sizes())
@@ -62,6 +59,8 @@ Lists::Lists(size_t n_items, const OptionalTensors* block_scales, Rounding round
 Item& Lists::append(const Entry& entry, const at::Tensor& like) {
   const auto i = static_cast<int64_t>(items_.size());
   const auto [p, g, m] = entry;
+  if (!like.is_non_overlapping_and_dense())
+    check_dense(like, &like == p ? "params" : &like == g ? "grads" : "exp_avgs", i);
   Item& item = items_.emplace_back();
   item.numel = like.numel();
   if (p != nullptr) {
