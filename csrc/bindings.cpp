@@ -31,5 +31,5 @@ PYBIND11_MODULE(_C, m) {
       },
       "How this library was built, and the SIMD level in use on this machine.");
   m.def("set_simd_level", &lion::set_simd_level, pybind11::arg("name"),
-        "Use the row kernels of `name` (one of build_info()['simd_levels']); for tests.");
+        "Use the kernels of `name` (one of build_info()['simd_levels']); for tests.");
 }

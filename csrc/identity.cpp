@@ -1,6 +1,6 @@
-// What tells two calls with the same tensors from two with others: one number row a call, for the
-// plans of the optimizers and the caches of the GPU launchers. In C++, because asking 148 tensors
-// from Python takes longer than the step of a small model.
+// What tells two calls with the same tensors from two with others: one list of numbers a call, for
+// the plans of the optimizers and the caches of the GPU launchers. In C++, because asking 148
+// tensors from Python takes longer than the step of a small model.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 

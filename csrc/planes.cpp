@@ -10,8 +10,8 @@ namespace {
 
 int bit_length(int64_t x) { return x == 0 ? 0 : 64 - __builtin_clzll(static_cast<uint64_t>(x)); }
 
-TallyRows check_rows(const at::Tensor& ballots, const at::Tensor& out, const char* name,
-                     int64_t scale) {
+TallyRun check_run(const at::Tensor& ballots, const at::Tensor& out, const char* name,
+                   int64_t scale) {
   check_planes(ballots, "ballots", 3);
   check_planes(out, name, 2);
   TORCH_CHECK_VALUE(ballots.size(2) == out.size(1), name, " must have ", ballots.size(2),
@@ -22,17 +22,17 @@ TallyRows check_rows(const at::Tensor& ballots, const at::Tensor& out, const cha
                     (1 << kMaxPlanes) - 1, "], got ", scale);
   TORCH_CHECK_VALUE(ballots.size(1) <= bit_length(scale), "ballots of ", ballots.size(1),
                     " planes can exceed scale ", scale);
-  TallyRows rows{};
-  rows.ballots = reinterpret_cast<const uint32_t*>(ballots.const_data_ptr<int32_t>());
-  rows.ballot_stride = ballots.stride(0);
-  rows.plane_stride = ballots.stride(1);
-  rows.n_ballots = ballots.size(0);
-  rows.planes_in = static_cast<int>(ballots.size(1));
-  rows.planes_out = bit_length(scale);
-  rows.scale = static_cast<uint32_t>(scale);
-  rows.out = reinterpret_cast<uint32_t*>(out.data_ptr<int32_t>());
-  rows.out_stride = out.stride(0);
-  return rows;
+  TallyRun run{};
+  run.ballots = reinterpret_cast<const uint32_t*>(ballots.const_data_ptr<int32_t>());
+  run.ballot_stride = ballots.stride(0);
+  run.plane_stride = ballots.stride(1);
+  run.n_ballots = ballots.size(0);
+  run.planes_in = static_cast<int>(ballots.size(1));
+  run.planes_out = bit_length(scale);
+  run.scale = static_cast<uint32_t>(scale);
+  run.out = reinterpret_cast<uint32_t*>(out.data_ptr<int32_t>());
+  run.out_stride = out.stride(0);
+  return run;
 }
 
 }  // namespace
@@ -46,22 +46,22 @@ void check_planes(const at::Tensor& planes, const char* name, int64_t dims) {
                     " must have unit stride in its last dimension, got strides ", planes.strides());
 }
 
-TallyRows check_tally(const at::Tensor& ballots, const at::Tensor& tally, int64_t scale) {
-  const TallyRows rows = check_rows(ballots, tally, "tally", scale);
-  TORCH_CHECK_VALUE(tally.size(0) == rows.planes_out, "tally must have ", rows.planes_out,
+TallyRun check_tally(const at::Tensor& ballots, const at::Tensor& tally, int64_t scale) {
+  const TallyRun run = check_run(ballots, tally, "tally", scale);
+  TORCH_CHECK_VALUE(tally.size(0) == run.planes_out, "tally must have ", run.planes_out,
                     " planes for scale ", scale, ", got ", tally.size(0));
-  return rows;
+  return run;
 }
 
-TallyRows check_elect(const at::Tensor& ballots, const at::Tensor& verdict, int64_t scale,
-                      int64_t first_word) {
-  TallyRows rows = check_rows(ballots, verdict, "verdict", scale);
+TallyRun check_elect(const at::Tensor& ballots, const at::Tensor& verdict, int64_t scale,
+                     int64_t first_word) {
+  TallyRun run = check_run(ballots, verdict, "verdict", scale);
   TORCH_CHECK_VALUE(verdict.size(0) == 1 || (verdict.size(0) == 2 && scale % 2 == 0),
                     "verdict must have 1 plane, or 2 where scale is even; got ", verdict.size(0),
                     " for scale ", scale);
-  rows.toss_ties = verdict.size(0) == 1;
-  rows.first_word = static_cast<uint64_t>(first_word);
-  return rows;
+  run.toss_ties = verdict.size(0) == 1;
+  run.first_word = static_cast<uint64_t>(first_word);
+  return run;
 }
 
 }  // namespace lion

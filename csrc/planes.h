@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "tally_rows.h"
+#include "tally_run.h"
 
 namespace lion {
 
@@ -15,8 +15,8 @@ void check_planes(const at::Tensor& planes, const char* name, int64_t dims);
 
 // Raise ValueError unless the arguments are those of the op. They read no tensor: the caller
 // checks devices, and derives the coin key from the step.
-TallyRows check_tally(const at::Tensor& ballots, const at::Tensor& tally, int64_t scale);
-TallyRows check_elect(const at::Tensor& ballots, const at::Tensor& verdict, int64_t scale,
-                      int64_t first_word);
+TallyRun check_tally(const at::Tensor& ballots, const at::Tensor& tally, int64_t scale);
+TallyRun check_elect(const at::Tensor& ballots, const at::Tensor& verdict, int64_t scale,
+                     int64_t first_word);
 
 }  // namespace lion

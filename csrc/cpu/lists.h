@@ -19,7 +19,7 @@ struct Entry {
   const at::Tensor *param, *grad, *exp_avg;
 };
 
-// An entry as the row kernels take it.
+// An entry as the kernels take it.
 struct Item {
   void* data;
   const void* grad;

@@ -1,4 +1,4 @@
-// The scalars of a call: checked, and rounded to what the row kernels take.
+// The scalars of a call: checked, and rounded to what the kernels take.
 #pragma once
 
 #include <ATen/core/List.h>

@@ -12,7 +12,7 @@ namespace lion {
 namespace {
 
 void tally(const at::Tensor& ballots, const at::Tensor& tally, int64_t scale) {
-  const TallyRows task = check_tally(ballots, tally, scale);
+  const TallyRun task = check_tally(ballots, tally, scale);
   const auto kernel = simd_level().tally;
   at::parallel_for(0, tally.size(1), kGrainWords,
                    [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
@@ -20,7 +20,7 @@ void tally(const at::Tensor& ballots, const at::Tensor& tally, int64_t scale) {
 
 void elect(const at::Tensor& ballots, const at::Tensor& verdict, int64_t scale, int64_t first_word,
            int64_t seed, const at::Tensor& step) {
-  TallyRows task = check_elect(ballots, verdict, scale, first_word);
+  TallyRun task = check_elect(ballots, verdict, scale, first_word);
   task.coin_key = coin_key(seed, kTieStream, static_cast<int64_t>(scalar_value(step, "step")));
   const auto kernel = simd_level().elect;
   at::parallel_for(0, verdict.size(1), kGrainWords,

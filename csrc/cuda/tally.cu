@@ -8,7 +8,7 @@
 #include "bitplanes.h"
 #include "coin.h"
 #include "cuda/tally.h"
-#include "tally_rows.h"
+#include "tally_run.h"
 
 namespace lion {
 namespace {
@@ -74,20 +74,20 @@ __device__ __forceinline__ void load_eight(const uint32_t* words, int64_t stride
 }
 
 // Sums the Word at word w of all ballots, plane after plane: with the planes in the inner loop the
-// compiler keeps the address of every row of every plane in registers.
+// compiler keeps the address of every ballot of every plane in registers.
 template <class Word, int kPlanes>
-__device__ __forceinline__ void count(const TallyRows& rows, int64_t w, Word (&counter)[kPlanes]) {
+__device__ __forceinline__ void count(const TallyRun& run, int64_t w, Word (&counter)[kPlanes]) {
 #pragma unroll
   for (int b = 0; b < kPlanes; ++b) counter[b] = Word{};
 #pragma unroll
   for (int b = 0; b < kPlanes; ++b) {
-    if (b == rows.planes_in) break;
-    const uint32_t* words = rows.ballots + b * rows.plane_stride + w;
-    for (int64_t n_left = rows.n_ballots; n_left > 0; n_left -= kBallotsAtOnce) {
+    if (b == run.planes_in) break;
+    const uint32_t* words = run.ballots + b * run.plane_stride + w;
+    for (int64_t n_left = run.n_ballots; n_left > 0; n_left -= kBallotsAtOnce) {
       Word bits[kBallotsAtOnce];
-      load_eight(words, rows.ballot_stride, n_left, bits);
+      load_eight(words, run.ballot_stride, n_left, bits);
       add_eight_bits(counter, kPlanes, b, bits);
-      words += kBallotsAtOnce * rows.ballot_stride;
+      words += kBallotsAtOnce * run.ballot_stride;
     }
   }
 }
@@ -96,10 +96,10 @@ struct Tally {
   template <class Word, int kPlanes>
   static __device__ __forceinline__ void write(const CudaTally& task, int64_t w,
                                                const Word (&counter)[kPlanes]) {
-    uint32_t* out = task.rows.out + w;
+    uint32_t* out = task.run.out + w;
 #pragma unroll
     for (int b = 0; b < kPlanes; ++b)
-      if (b < task.rows.planes_out) store(out + b * task.rows.out_stride, counter[b]);
+      if (b < task.run.planes_out) store(out + b * task.run.out_stride, counter[b]);
   }
 };
 
@@ -107,20 +107,20 @@ struct Elect {
   template <class Word, int kPlanes>
   static __device__ __forceinline__ void write(const CudaTally& task, int64_t w,
                                                const Word (&counter)[kPlanes]) {
-    const TallyRows& rows = task.rows;
-    uint32_t* out = rows.out + w;
+    const TallyRun& run = task.run;
+    uint32_t* out = run.out + w;
     Word won, tied;
-    compare(counter, kPlanes, rows.scale / 2, won, tied);
-    if (rows.scale % 2 != 0) {
+    compare(counter, kPlanes, run.scale / 2, won, tied);
+    if (run.scale % 2 != 0) {
       store(out, won);
-    } else if (rows.toss_ties) {
-      const uint64_t key = mix64(rows.coin_key ^ static_cast<uint64_t>(*task.step));
+    } else if (run.toss_ties) {
+      const uint64_t key = mix64(run.coin_key ^ static_cast<uint64_t>(*task.step));
       Word coin;
-      toss(key, rows.first_word + static_cast<uint64_t>(w), coin);
+      toss(key, run.first_word + static_cast<uint64_t>(w), coin);
       store(out, won | (tied & coin));
     } else {
       store(out, tied);
-      store(out + rows.out_stride, won);
+      store(out + run.out_stride, won);
     }
   }
 };
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kPlanes))
   const int64_t w = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kWords;
   if (w + kWords > task.n_words) return;
   Word counter[kPlanes];
-  count(task.rows, w, counter);
+  count(task.run, w, counter);
   Op::write(task, w, counter);
 }
 
@@ -144,21 +144,21 @@ using Kernel = void (*)(CudaTally);
 
 // Scales below 4, 16 and 128, as on the CPU: 2 or 3 ranks, up to 15, up to 127.
 template <class Op, class Word>
-Kernel kernel_for(const TallyRows& rows) {
-  if (rows.planes_out <= 2) return count_kernel<Op, Word, 2>;
-  if (rows.planes_out <= 4) return count_kernel<Op, Word, 4>;
-  if (rows.planes_out <= 7) return count_kernel<Op, Word, 7>;
+Kernel kernel_for(const TallyRun& run) {
+  if (run.planes_out <= 2) return count_kernel<Op, Word, 2>;
+  if (run.planes_out <= 4) return count_kernel<Op, Word, 4>;
+  if (run.planes_out <= 7) return count_kernel<Op, Word, 7>;
   return count_kernel<Op, Word, kMaxPlanes>;
 }
 
 // Whether every vector of four words that a thread would touch starts at 16 bytes. The stride of a
 // dimension of one element is never used and may be anything.
-bool aligned(const TallyRows& rows) {
+bool aligned(const TallyRun& run) {
   const auto place =
-      reinterpret_cast<uintptr_t>(rows.ballots) | reinterpret_cast<uintptr_t>(rows.out);
-  const int64_t strides = (rows.n_ballots > 1 ? rows.ballot_stride : 0) |
-                          (rows.planes_in > 1 ? rows.plane_stride : 0) |
-                          (rows.planes_out > 1 ? rows.out_stride : 0);
+      reinterpret_cast<uintptr_t>(run.ballots) | reinterpret_cast<uintptr_t>(run.out);
+  const int64_t strides = (run.n_ballots > 1 ? run.ballot_stride : 0) |
+                          (run.planes_in > 1 ? run.plane_stride : 0) |
+                          (run.planes_out > 1 ? run.out_stride : 0);
   return place % sizeof(Words4) == 0 && strides % 4 == 0;
 }
 
@@ -167,22 +167,22 @@ cudaError_t launch_words(CudaTally task, cudaStream_t stream) {
   constexpr int64_t kWordsPerBlock = kThreads * sizeof(Word) / sizeof(uint32_t);
   const int64_t n_blocks = (task.n_words + kWordsPerBlock - 1) / kWordsPerBlock;
   void* args[] = {&task};
-  return cudaLaunchKernel(kernel_for<Op, Word>(task.rows), dim3(static_cast<unsigned>(n_blocks)),
+  return cudaLaunchKernel(kernel_for<Op, Word>(task.run), dim3(static_cast<unsigned>(n_blocks)),
                           dim3(kThreads), args, 0, stream);
 }
 
 // Vectors where the layout allows them, then the words that fill no vector.
 template <class Op>
 cudaError_t launch(CudaTally task, cudaStream_t stream) {
-  const int64_t n_vectors = aligned(task.rows) ? task.n_words / 4 : 0;
+  const int64_t n_vectors = aligned(task.run) ? task.n_words / 4 : 0;
   if (n_vectors > 0) {
     const cudaError_t status = launch_words<Op, Words4>(task, stream);
     if (status != cudaSuccess) return status;
   }
   const int64_t done = 4 * n_vectors;
-  task.rows.ballots += done;
-  task.rows.out += done;
-  task.rows.first_word += static_cast<uint64_t>(done);
+  task.run.ballots += done;
+  task.run.out += done;
+  task.run.first_word += static_cast<uint64_t>(done);
   task.n_words -= done;
   if (task.n_words <= 0) return cudaSuccess;
   return launch_words<Op, uint32_t>(task, stream);

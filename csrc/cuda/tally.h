@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "tally_rows.h"
+#include "tally_run.h"
 
 // A host shim declares these types itself, to run the kernels without a GPU.
 #ifndef LION_CUDA_SHIM
@@ -13,9 +13,9 @@
 namespace lion {
 
 struct CudaTally {
-  // rows.coin_key is the key without the step, mix64(mix64(seed) ^ stream): the step counter lives
+  // run.coin_key is the key without the step, mix64(mix64(seed) ^ stream): the step counter lives
   // on the device, and reading it on the host would wait for the device.
-  TallyRows rows;
+  TallyRun run;
   int64_t n_words;
   const int64_t* step;  // device memory; read only where ties are tossed
 };

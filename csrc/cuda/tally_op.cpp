@@ -35,8 +35,7 @@ void elect(const at::Tensor& ballots, const at::Tensor& verdict, int64_t scale, 
   check_devices(ballots, step, "step");
   CudaTally task{check_elect(ballots, verdict, scale, first_word), verdict.size(1),
                  step.const_data_ptr<int64_t>()};
-  task.rows.coin_key =
-      mix64(mix64(static_cast<uint64_t>(seed)) ^ static_cast<uint64_t>(kTieStream));
+  task.run.coin_key = mix64(mix64(static_cast<uint64_t>(seed)) ^ static_cast<uint64_t>(kTieStream));
   const c10::cuda::CUDAGuard guard(ballots.device());
   C10_CUDA_CHECK(launch_elect(task, c10::cuda::getCurrentCUDAStream()));
 }

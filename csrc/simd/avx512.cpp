@@ -1,4 +1,4 @@
-// The row kernels for x86-64 with AVX-512, chosen at run time.
+// The kernels for x86-64 with AVX-512, chosen at run time.
 #if defined(__x86_64__)
 #define LION_SIMD_AVX512
 #include "simd/kernels.h"

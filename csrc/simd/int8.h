@@ -78,7 +78,7 @@ inline void quantize_block(const float* m_block, int8_t* q_block, float* scale) 
       if (m_block[k] - m_block[k] != 0.0f) q_block[k] = -128;
 }
 
-inline void dequantize_row(const int8_t* q, const float* block_scales, int64_t n, float* m) {
+inline void dequantize_run(const int8_t* q, const float* block_scales, int64_t n, float* m) {
   for (; n >= kBlock; n -= kBlock, q += kBlock, ++block_scales, m += kBlock)
     dequantize_block(q, block_scales, m);
   if (n == 0) return;
@@ -89,7 +89,7 @@ inline void dequantize_row(const int8_t* q, const float* block_scales, int64_t n
   std::memcpy(m, padded_m, static_cast<size_t>(n) * sizeof(float));
 }
 
-inline void quantize_row(const float* m, int64_t n, int8_t* q, float* block_scales) {
+inline void quantize_run(const float* m, int64_t n, int8_t* q, float* block_scales) {
   for (; n >= kBlock; n -= kBlock, q += kBlock, ++block_scales, m += kBlock)
     quantize_block(m, q, block_scales);
   if (n == 0) return;

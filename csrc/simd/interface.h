@@ -8,12 +8,12 @@
 #include <array>
 #include <cstdint>
 
-#include "tally_rows.h"
+#include "tally_run.h"
 
 namespace lion {
 
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
-constexpr int kNumDTypes = 3;  // those of the row kernels: int8 momenta become float32 first
+constexpr int kNumDTypes = 3;  // those of the kernels: int8 momenta become float32 first
 
 // How float32 parameters become their storage type; float32 storage always keeps them.
 enum Rounding : int { kNearest = 0, kStochastic = 1, kCompensated = 2 };
@@ -25,7 +25,7 @@ constexpr int64_t kBlock = 128;
 // The random bits of stochastic rounding.
 struct RoundingRun {
   uint64_t key;
-  uint64_t first_word;  // position of the run in the group
+  uint64_t first_word;  // position of the run in the whole ballot
 };
 
 // Scalars of one call, rounded to float32 once, on the host.
@@ -40,12 +40,12 @@ struct LionScalars {
   bool is_plain() const { return !skip_nonfinite && !cautious && !cautious_decay; }
 };
 
-// Where a run of words [first_word, ...) of the group goes in a ballot.
+// Where a run of words [first_word, ...) of the whole goes in a ballot.
 struct BallotRun {
   uint32_t* plane0;
   uint32_t* plane1;     // null: binary ballot
   uint64_t coin_key;    // binary only: replaces zero votes
-  uint64_t first_word;  // position in the group, for the coins
+  uint64_t first_word;  // position in the whole ballot, for the coins
 };
 
 // Where a run of words lies in a verdict or tally.
@@ -95,8 +95,8 @@ struct SimdLevel {
   void (*quantize)(const float* m, int64_t n, int8_t* q, float* block_scales);
 
   // Words [begin, end).
-  void (*tally)(const TallyRows&, int64_t begin, int64_t end);
-  void (*elect)(const TallyRows&, int64_t begin, int64_t end);
+  void (*tally)(const TallyRun&, int64_t begin, int64_t end);
+  void (*elect)(const TallyRun&, int64_t begin, int64_t end);
 };
 
 // Null where this build or this machine has no such level.

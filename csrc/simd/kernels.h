@@ -14,7 +14,7 @@ namespace lion::LION_SIMD_LEVEL {
 
 constexpr SimdLevel kLevel{
     LION_SIMD_NAME, kEncodes,     kAgrees,          kSteps,           kApplies,
-    dequantize_row, quantize_row, count_row<Tally>, count_row<Elect>,
+    dequantize_run, quantize_run, count_run<Tally>, count_run<Elect>,
 };
 
 }  // namespace lion::LION_SIMD_LEVEL

@@ -1,4 +1,4 @@
-// The row kernels for any machine, in the vector types of GCC and Clang: as wide as the baseline
+// The kernels for any machine, in the vector types of GCC and Clang: as wide as the baseline
 // goes.
 #include "simd/kernels.h"
 

@@ -1,4 +1,4 @@
-// The few vector operations that the row kernels are written in, for the SIMD level of target.h.
+// The few vector operations that the kernels are written in, for the SIMD level of target.h.
 //
 // Storage is float, bf16 or fp16, at any address; arithmetic is float32; every conversion rounds to
 // nearest even.

@@ -184,7 +184,7 @@ def test_hipify_can_translate():
     known = {word for words in CUDA_TO_HIP_MAPPINGS for word in words}
     known |= {"__device__", "__host__", "__global__", "__forceinline__", "__launch_bounds__"}
     known |= {"__HIP_PLATFORM_AMD__", "__attribute__", "cuda_runtime"}  # the header has a prefix
-    for name in ("cuda/tally.cu", "cuda/tally.h", "tally_rows.h", "bitplanes.h", "coin.h"):
+    for name in ("cuda/tally.cu", "cuda/tally.h", "tally_run.h", "bitplanes.h", "coin.h"):
         text = re.sub(r"//.*", "", (CSRC / name).read_text())
         text = re.sub(
             r"#if defined\(__HIP_PLATFORM_AMD__\)(.*?)#else.*?#endif", r"\1", text, flags=re.S

@@ -5,7 +5,7 @@
 
 namespace lion {
 
-struct TallyRows {
+struct TallyRun {
   const uint32_t* ballots;
   int64_t ballot_stride, plane_stride;  // words
   int64_t n_ballots;
@@ -15,7 +15,7 @@ struct TallyRows {
   int64_t out_stride;   // words
   bool toss_ties;       // elect only: one plane, even scale
   uint64_t coin_key;    // elect only
-  uint64_t first_word;  // elect only: position of word 0 in the group
+  uint64_t first_word;  // elect only: position of word 0 in the whole ballot
 };
 
 }  // namespace lion
