@@ -3,6 +3,7 @@ dense, and with gradients and states in their memory layout. Knows no process gr
 """
 
 from dataclasses import dataclass, field
+from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
@@ -77,9 +78,9 @@ class Bucket:
 
     def with_gradients(self) -> "Bucket":
         """The part of it that has gradients, itself where that is all."""
-        kept = [i for i, g in enumerate(self.grads) if g is not None]
-        if len(kept) == len(self.grads):
+        if not any(map(is_, self.grads, repeat(None))):
             return self
+        kept = [i for i, g in enumerate(self.grads) if g is not None]
         place = {i: k for k, i in enumerate(kept)}
         part = Bucket(
             params=[self.params[i] for i in kept],

@@ -272,7 +272,8 @@ class Lion(Optimizer):
         except BaseException:
             self._plans.clear()  # which hold gradients from here to the end of the step
             raise
-        self._known_states = list(self.state.values())
+        if not presume:  # else there are no others
+            self._known_states = list(self.state.values())
         if scaling.found_inf is not None:
             scaling = yield from self._mover.agreed(scaling)
         for number, (settings, buckets) in enumerate(plans):

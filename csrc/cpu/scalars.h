@@ -13,7 +13,9 @@
 
 namespace lion {
 
-using OptionalTensors = std::optional<c10::List<at::Tensor>>;
+// Lists as the dispatcher has them: at::TensorList would be a copy of each, and of its tensors.
+using Tensors = c10::List<at::Tensor>;
+using OptionalTensors = std::optional<Tensors>;
 
 // Raises unless a 0-d or one-element tensor; reads it.
 double scalar_value(const at::Tensor& tensor, const char* name);

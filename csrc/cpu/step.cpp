@@ -47,7 +47,7 @@ float rescale_of(const std::optional<at::Tensor>& agreeing, size_t t, int64_t nu
   return static_cast<float>(numel) / static_cast<float>(count + 1);
 }
 
-void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+void lion_step(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
                const at::Tensor& lr, double beta1, double beta2, double weight_decay, bool maximize,
                const std::optional<at::Tensor>& nonfinite,
                const std::optional<at::Tensor>& grad_scale,
@@ -60,8 +60,10 @@ void lion_step(at::TensorList params, at::TensorList grads, at::TensorList exp_a
                     "params, grads and exp_avgs must have equal lengths, got ", params.size(), ", ",
                     grads.size(), " and ", exp_avgs.size());
   Lists lists(params.size(), &block_scales, rounding, &lows);
-  for (size_t i = 0; i < params.size(); ++i)
-    lists.append({&params[i], &grads[i], &exp_avgs[i]}, params[i]);
+  for (size_t i = 0; i < params.size(); ++i) {
+    const at::Tensor &p = params[i], &g = grads[i], &m = exp_avgs[i];
+    lists.append({&p, &g, &m}, p);
+  }
   if (agreeing.has_value()) {
     TORCH_CHECK_VALUE(cautious, "agreeing rescales a cautious update, got cautious=False");
     check_agreeing(*agreeing, lists.size());
