@@ -29,7 +29,7 @@ void raise_versions(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
   }
   for (const c10::IValue& value : written) {
     if (value.isTensor()) raise_version(value.toTensor());
-    if (value.isTensorList())
+    if (value.isList())
       for (const c10::IValue& each : value.toListRef()) raise_version(each.toTensor());
   }
 }

@@ -74,6 +74,7 @@ class Alone:
             cautious=settings.cautious, cautious_decay=settings.cautious_decay,
             block_scales=bucket.block_scales,
             agreeing=_agreeing(bucket, settings, scaling) if settings.rescales else None,
+            uniform=bucket.is_uniform,
         )  # fmt: skip
 
 

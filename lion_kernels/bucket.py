@@ -2,9 +2,10 @@
 dense, and with gradients and states in their memory layout. Knows no process groups.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import repeat
-from operator import attrgetter, is_, itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from lion_kernels.shards import is_distributed, local, local_like
 DOUBLES = (torch.float64, torch.complex128)
 # What a gradient is, unless it stands for other tensors.
 _PLAIN = {Tensor, type(None)}
-_dtype = attrgetter("dtype")
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Bucket:
     lows: list[Tensor] | None = None  # compensated rounding only
     block_scales: list[Tensor] | None = None  # int8 momenta only
     is_double: bool = False  # float64, for which there are no kernels: double.py
+    is_uniform: bool = False  # parameters are of one dtype, and momenta of one
     # DTensors, whose shards the ops write.
     wrappers: list[Tensor] = field(default_factory=list)
     # (place, parameter with gaps), for which a dense one stands in during a step.
@@ -91,6 +92,7 @@ class Bucket:
             if self.block_scales is None
             else [self.block_scales[i] for i in kept],
             is_double=self.is_double,
+            is_uniform=self.is_uniform,
             wrappers=self.wrappers,
             gapped=[(place[i], p) for i, p in self.gapped if i in place],
         )
@@ -149,12 +151,12 @@ class Plan:
         self._odd: list[int] = []
         self._are_complex = any(p.is_complex() for p in self._members)
         self._are_sharded = any(map(is_distributed, self._members))
-        self._dtypes = [t.dtype for t in self._members]
-        self._momentum_dtypes = [s["exp_avg"].dtype for s in self._states]
+        self._dtypes = {(p.dtype, s["exp_avg"].dtype) for p, s in self._pairs()}
+        rest.is_uniform = len(self._dtypes) == 1
         # Whether one launch sees all that could have changed; cleared when one has refused. What
         # compensates is made and moved before an op is asked.
         self.may_presume = (
-            len(set(zip(self._dtypes, self._momentum_dtypes, strict=True))) == 1
+            rest.is_uniform
             and rest.lows is None
             and not (doubles or self._always_odd or self._are_sharded)
         )
@@ -194,15 +196,17 @@ class Plan:
             return False
         return self._odd != [-1]
 
+    def _pairs(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        return zip(self._members, self._states, strict=True)
+
     def _has_its_dtypes(self) -> bool:
-        """Whether dtypes are those of before, and gradients tensors of no other kind."""
+        """Whether the first member has the dtypes of before, as the op then finds all others have,
+        and gradients are tensors of no other kind."""
         try:
-            momenta = map(itemgetter("exp_avg"), self._states)
-            return (
-                {*map(type, self._grads)} <= _PLAIN
-                and list(map(_dtype, self._members)) == self._dtypes
-                and list(map(_dtype, momenta)) == self._momentum_dtypes
-            )
+            p, state = next(self._pairs())
+            return (p.dtype, state["exp_avg"].dtype) in self._dtypes and {
+                *map(type, self._grads)
+            } <= _PLAIN
         except (AttributeError, KeyError):
             return False
 

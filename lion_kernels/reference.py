@@ -92,6 +92,7 @@ def lion_step(
     cautious_decay: bool = False,
     block_scales: Sequence[Tensor] | None = None,
     agreeing: Tensor | None = None,
+    uniform: bool = False,
 ) -> None:
     """c = beta1 * m + (1 - beta1) * g;  m = beta2 * m + (1 - beta2) * g;
     p = p * (1 - lr * weight_decay) - lr * sign(c), with sign(NaN) = NaN. Cautious: a sign that is

@@ -27,7 +27,7 @@ std::vector<uint32_t> flags_of_any(const at::Tensor& presence) {
   return any;
 }
 
-void apply(at::TensorList params, const at::Tensor& verdict, const at::Tensor& presence,
+void apply(const MaybeTensors& params, const at::Tensor& verdict, const at::Tensor& presence,
            int64_t scale, const at::Tensor& lr, double weight_decay, const at::Tensor& step,
            const std::optional<at::Tensor>& found_inf, c10::string_view rounding_name,
            const OptionalTensors& lows, int64_t seed, bool cautious_decay) {
@@ -41,7 +41,8 @@ void apply(at::TensorList params, const at::Tensor& verdict, const at::Tensor& p
   const std::vector<uint32_t> present = flags_of_any(presence);
   Lists lists(params.size(), nullptr, rounding, &lows);
   for (size_t i = 0; i < params.size(); ++i) {
-    Item& item = lists.append({&params[i], nullptr, nullptr}, params[i]);
+    const at::Tensor p = present_in(params, "params", i);
+    Item& item = lists.append({&p, nullptr, nullptr}, p);
     if (((present[i / kBitsPerWord] >> (i % kBitsPerWord)) & 1u) == 0) item.data = nullptr;
   }
   check_room(lists.n_words(), verdict, "verdict");

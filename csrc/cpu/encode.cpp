@@ -37,12 +37,11 @@ void abstain(int64_t count, const BallotRun& run) {
   }
 }
 
-void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList exp_avgs,
-            const at::Tensor& ballot, const at::Tensor& flags, double beta1, double beta2,
-            bool maximize, int64_t seed, int64_t rank, const at::Tensor& step,
-            const at::Tensor& nonfinite, const std::optional<at::Tensor>& grad_scale,
-            const std::optional<at::Tensor>& found_inf, bool cautious,
-            const OptionalTensors& block_scales) {
+void encode(const MaybeTensors& grads, const Tensors& exp_avgs, const at::Tensor& ballot,
+            const at::Tensor& flags, double beta1, double beta2, bool maximize, int64_t seed,
+            int64_t rank, const at::Tensor& step, const at::Tensor& nonfinite,
+            const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf,
+            bool cautious, const OptionalTensors& block_scales) {
   TORCH_CHECK_VALUE(grads.size() == exp_avgs.size(),
                     "grads and exp_avgs must have equal lengths, got ", grads.size(), " and ",
                     exp_avgs.size());
@@ -53,7 +52,8 @@ void encode(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList ex
   std::vector<uint32_t> present(static_cast<size_t>(words_of(exp_avgs.size())), 0u);
   for (size_t i = 0; i < exp_avgs.size(); ++i) {
     const std::optional<at::Tensor> g = grads.get(i);
-    lists.append({nullptr, g.has_value() ? &*g : nullptr, &exp_avgs[i]}, exp_avgs[i]);
+    const at::Tensor& m = exp_avgs[i];
+    lists.append({nullptr, g.has_value() ? &*g : nullptr, &m}, m);
     if (g.has_value()) present[i / kBitsPerWord] |= 1u << (i % kBitsPerWord);
   }
   check_room(lists.n_words(), ballot, "ballot");

@@ -49,6 +49,12 @@ float* block_scales_of(const at::Tensor& exp_avg, int64_t i, size_t n_exp_avgs,
 
 }  // namespace
 
+at::Tensor present_in(const MaybeTensors& tensors, const char* name, size_t i) {
+  const std::optional<at::Tensor> tensor = tensors.get(i);
+  TORCH_CHECK_VALUE(tensor.has_value(), name, "[", i, "] must be a tensor, got None");
+  return *tensor;
+}
+
 Lists::Lists(size_t n_items, const OptionalTensors* block_scales, Rounding rounding,
              const OptionalTensors* lows)
     : scales_(block_scales), lows_(lows), rounding_(rounding), n_items_(n_items) {

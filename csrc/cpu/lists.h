@@ -30,6 +30,9 @@ struct Item {
   float* block_scales;  // of an int8 momentum
 };
 
+// A tensor of a list that could lack it; raises ValueError where it does.
+at::Tensor present_in(const MaybeTensors& tensors, const char* name, size_t i);
+
 class Lists {
  public:
   // block_scales: of int8 momenta; lows: what the parameters dropped, compensated rounding only.

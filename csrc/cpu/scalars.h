@@ -15,6 +15,7 @@ namespace lion {
 
 // Lists as the dispatcher has them: at::TensorList would be a copy of each, and of its tensors.
 using Tensors = c10::List<at::Tensor>;
+using MaybeTensors = c10::List<std::optional<at::Tensor>>;
 using OptionalTensors = std::optional<Tensors>;
 
 // Raises unless a 0-d or one-element tensor; reads it.

@@ -17,15 +17,17 @@
 namespace lion {
 namespace {
 
-void count_agreeing(at::TensorList grads, at::TensorList exp_avgs, const at::Tensor& agreeing,
+void count_agreeing(const Tensors& grads, const Tensors& exp_avgs, const at::Tensor& agreeing,
                     double beta1, bool maximize, const std::optional<at::Tensor>& grad_scale,
                     const OptionalTensors& block_scales) {
   TORCH_CHECK_VALUE(grads.size() == exp_avgs.size(),
                     "grads and exp_avgs must have equal lengths, got ", grads.size(), " and ",
                     exp_avgs.size());
   Lists lists(grads.size(), &block_scales);
-  for (size_t i = 0; i < grads.size(); ++i)
-    lists.append({nullptr, &grads[i], &exp_avgs[i]}, grads[i]);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const at::Tensor &g = grads[i], &m = exp_avgs[i];
+    lists.append({nullptr, &g, &m}, g);
+  }
   check_agreeing(agreeing, lists.size());
   const LionScalars scalars = scalars_of(beta1, 0.0, 0.0, 0.0, maximize, grad_scale);
   const SimdLevel& kernels = simd_level();
@@ -47,22 +49,32 @@ float rescale_of(const std::optional<at::Tensor>& agreeing, size_t t, int64_t nu
   return static_cast<float>(numel) / static_cast<float>(count + 1);
 }
 
-void lion_step(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+// Raises unless item i has the dtypes of the first.
+void check_uniform(const Lists& lists, size_t i) {
+  TORCH_CHECK_VALUE(lists[i].dtype == lists[0].dtype, "params[", i,
+                    "] must be of the first one's dtype");
+  TORCH_CHECK_VALUE(lists[i].exp_avg_dtype == lists[0].exp_avg_dtype, "exp_avgs[", i,
+                    "] must be of the first one's dtype");
+}
+
+void lion_step(const MaybeTensors& params, const Tensors& grads, const Tensors& exp_avgs,
                const at::Tensor& lr, double beta1, double beta2, double weight_decay, bool maximize,
                const std::optional<at::Tensor>& nonfinite,
                const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf, c10::string_view rounding_name,
                const OptionalTensors& lows, int64_t seed, const std::optional<at::Tensor>& step,
                bool cautious, bool cautious_decay, const OptionalTensors& block_scales,
-               const std::optional<at::Tensor>& agreeing) {
+               const std::optional<at::Tensor>& agreeing, bool uniform) {
   const Rounding rounding = check_rounding(rounding_name, lows, params.size(), step);
   TORCH_CHECK_VALUE(params.size() == grads.size() && params.size() == exp_avgs.size(),
                     "params, grads and exp_avgs must have equal lengths, got ", params.size(), ", ",
                     grads.size(), " and ", exp_avgs.size());
   Lists lists(params.size(), &block_scales, rounding, &lows);
   for (size_t i = 0; i < params.size(); ++i) {
-    const at::Tensor &p = params[i], &g = grads[i], &m = exp_avgs[i];
+    const at::Tensor p = present_in(params, "params", i);
+    const at::Tensor &g = grads[i], &m = exp_avgs[i];
     lists.append({&p, &g, &m}, p);
+    if (uniform) check_uniform(lists, i);
   }
   if (agreeing.has_value()) {
     TORCH_CHECK_VALUE(cautious, "agreeing rescales a cautious update, got cautious=False");

@@ -154,6 +154,7 @@ def lion_step(
     cautious_decay: bool = False,
     block_scales: Sequence[Tensor] | None = None,
     agreeing: Tensor | None = None,
+    uniform: bool = False,
 ) -> None:
     """See reference.lion_step."""
     given = {**locals()}
@@ -174,7 +175,7 @@ def lion_step(
     tensors, addresses = identity(grads, params, exp_avgs, lows or (), block_scales or ())
     scalars = _shapes(lr, grad_scale, found_inf, step)
     counts = () if agreeing is None else _layouts(agreeing)
-    key = ("lion_step", *tensors, rounding, cautious, *scalars, *counts)
+    key = ("lion_step", *tensors, rounding, cautious, uniform, *scalars, *counts)
     if nonfinite is not None:
         _check_place(nonfinite, "nonfinite", device, torch.int64)
     if step is not None:

@@ -26,6 +26,10 @@ def arguments():
         "lion_step, int8": ([p], [g], [m.char()], lr, 0.9, 0.99, 0.1, False, None, None, None,
                             "nearest", None, 0, None, True, False, [torch.ones(1)],
                             torch.ones(1, dtype=torch.int64)),
+        "lion_step, uniform": ([p, p], [g, g], [m, m], lr, 0.9, 0.99, 0.1, False, None, None, None,
+                               "nearest", None, 0, None, False, False, None, None, True),
+        "lion_step, mixed": ([p, p.half()], [g, g.half()], [m, m], lr, 0.9, 0.99, 0.1, False, None,
+                             None, None, "nearest", None, 0, None, False, False, None, None, False),
         "count_agreeing": ([g, g2], [m, m2], torch.zeros(2, dtype=torch.int64), 0.9, False),
         "encode": ([g, None], [m, m2], torch.zeros(2, 1, 4, dtype=torch.int32),
                    torch.zeros(2, 4, dtype=torch.int32), 0.9, 0.99, False, 1, 2, step, no_counts()),
@@ -64,6 +68,11 @@ BAD = {
     "lr": (*changed("lion_step", 3, torch.zeros(2)), "lr must have one element"),
     "agreeing": (*changed("count_agreeing", 2, ints(2)), "agreeing must be contiguous int64"),
     "agreeing pairs": (*changed("count_agreeing", 0, []), "grads and exp_avgs must have equal"),
+    "uniform": (*changed("lion_step, mixed", 19, True), r"params\[1\] must be of the first one's"),
+    "uniform momenta": (
+        *changed("lion_step, uniform", 2, [torch.zeros(100), torch.zeros(100).half()]),
+        r"exp_avgs\[1\] must be of the first one's dtype",
+    ),
     "rescale": (*changed("lion_step, int8", 15, False), "agreeing rescales a cautious update"),
     "block_scales": (
         *changed("lion_step, int8", 17, []),
