@@ -277,7 +277,7 @@ class Lion(Optimizer):
         if scaling.found_inf is not None:
             scaling = yield from self._mover.agreed(scaling)
         for number, (settings, buckets) in enumerate(plans):
-            yield from self._move(number, buckets, settings, scaling, self.seed)
+            yield from self._move(number, buckets, settings, scaling=scaling, seed=self.seed)
         return scaling
 
     def _move(
@@ -298,7 +298,9 @@ class Lion(Optimizer):
                 step = step.clone()
             nonfinite = self._counter(bucket.device) if settings.skips else None
             there = scaling.to(bucket.device)
-            yield from self._mover.move(number, bucket, settings, there, seed, step, nonfinite)
+            yield from self._mover.move(
+                number, bucket, settings, scaling=there, seed=seed, step=step, nonfinite=nonfinite
+            )
             bucket.write_back()
 
     def _forget_changed_states(self) -> None:
@@ -350,8 +352,9 @@ class Lion(Optimizer):
             device = group["params"][beside[0]].device
             check_lr(group, number, device)
             check_members(
-                group, number, indices, self.state, device, self._kind, self._mover.is_whole
-            )
+                group, number, indices, state=self.state, device=device, who=self._kind,
+                is_whole=self._mover.is_whole,
+            )  # fmt: skip
 
     def _place(self, p: Tensor) -> tuple[int, int] | None:
         """The group and the index of a parameter; None where it was taken out."""
@@ -382,7 +385,7 @@ class Lion(Optimizer):
         self._check(number, indices, indices)
         seed = (self.seed + _BUCKET_SEED * (1 + indices[0])) % 2**63
         buckets = Plan(group, indices, self.state, settings).buckets(may_abstain=False)
-        self._mover.drive(self._move(number, buckets, settings, Scaling(), seed))
+        self._mover.drive(self._move(number, buckets, settings, scaling=Scaling(), seed=seed))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of another Lion: lion-pytorch's, google's, timm's, optimi's

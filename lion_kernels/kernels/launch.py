@@ -49,17 +49,17 @@ def _is_on_host(scalar: Tensor) -> bool:
     return scalar.device.type == "cpu"
 
 
-def _rate(lr: Tensor, device: torch.device) -> tuple[int, int, int]:
+def _rate(lr: Tensor, device: torch.device) -> dict[str, int]:
     """lr as the launch takes it: float64 bits, or an address on the device and its bytes."""
     _ops.check_one(lr, "lr")
     if _is_on_host(lr):
-        return _bits(lr.item()), 0, 0
+        return {"lr": _bits(lr.item()), "lr_address": 0, "lr_bytes": 0}
     if lr.device != device or lr.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"a tensor lr must be float32 or float64 on the CPU or on {device}, "
             f"got {lr.dtype} on {lr.device}"
         )
-    return 0, lr.data_ptr(), lr.element_size()
+    return {"lr": 0, "lr_address": lr.data_ptr(), "lr_bytes": lr.element_size()}
 
 
 def _address(scalar: Tensor | None, name: str, device: torch.device) -> int:
@@ -194,12 +194,16 @@ def lion_step(
         found = tables(key, addresses, config.block, device=device, launches=launches)
         for i, ((p_dtype, m_dtype), table) in enumerate(found):
             _step_kernel[(table.n_tiles,)](
-                table.rows, table.tile_rows, table.rows if nonfinite is None else nonfinite,
-                table.rows if step is None else step,
-                *rate, _bits(weight_decay), beta1, complement1, beta2, complement2,
-                scale_address, found_inf_address, _rounding_key(seed),
-                int(i == 0 and in_kernel and step is not None), int(nonfinite is not None),
-                int(cautious), int(cautious_decay), 0 if agreeing is None else agreeing.data_ptr(),
+                table.rows, table.tile_rows,
+                nonfinite_ptr=table.rows if nonfinite is None else nonfinite,
+                step_ptr=table.rows if step is None else step,
+                **rate, weight_decay=_bits(weight_decay), beta1=beta1, complement1=complement1,
+                beta2=beta2, complement2=complement2, grad_scale_address=scale_address,
+                found_inf_address=found_inf_address, rounding_key=_rounding_key(seed),
+                advance=int(i == 0 and in_kernel and step is not None),
+                skip=int(nonfinite is not None), cautious=int(cautious),
+                cautious_decay=int(cautious_decay),
+                agreeing_address=0 if agreeing is None else agreeing.data_ptr(),
                 P=TRITON_DTYPES[p_dtype], M=TRITON_DTYPES[m_dtype],
                 ROUNDING=_rounding_of(rounding, p_dtype),
                 PLAIN=is_plain,
@@ -239,7 +243,8 @@ def count_agreeing(
         found = tables(key, addresses, AGREEING.block, device=device, launches=launches)
         for (g_dtype, m_dtype), table in found:
             _agreeing_kernel[(table.n_tiles,)](
-                table.rows, table.tile_rows, agreeing, beta1, complement1, scale_address,
+                table.rows, table.tile_rows, agreeing, beta1=beta1, complement1=complement1,
+                grad_scale_address=scale_address,
                 G=TRITON_DTYPES[g_dtype], M=TRITON_DTYPES[m_dtype],
                 BLOCK=AGREEING.block, **options(AGREEING),
             )  # fmt: skip
@@ -306,10 +311,13 @@ def encode(
             # The first launch has a program more for each shard, which writes its flags.
             n_programs = table.n_tiles + (shards if i == 0 else 0)
             _encode_kernel[(n_programs,)](
-                table.rows, table.tile_rows, ballot, flags, table.flags, nonfinite, step,
-                beta1, complement1, beta2, complement2, coin_key,
-                max(1, words_per_shard), ballot.stride(0), ballot.stride(1), flags.stride(0),
-                flags.shape[1], table.n_tiles, scale_address, found_inf_address,
+                table.rows, table.tile_rows, ballot, flags_ptr=flags, flag_source_ptr=table.flags,
+                nonfinite_ptr=nonfinite, step_ptr=step, beta1=beta1, complement1=complement1,
+                beta2=beta2, complement2=complement2, key=coin_key,
+                words_per_shard=max(1, words_per_shard), shard_stride=ballot.stride(0),
+                plane_stride=ballot.stride(1), flags_stride=flags.stride(0),
+                n_flag_words=flags.shape[1], n_tiles=table.n_tiles,
+                grad_scale_address=scale_address, found_inf_address=found_inf_address,
                 G=TRITON_DTYPES[g_dtype], M=TRITON_DTYPES[m_dtype], TERNARY=planes == 2,
                 CAUTIOUS=cautious,
                 BLOCK=config.block, **options(config),
@@ -324,8 +332,9 @@ def _joined(presence: Tensor) -> Tensor:
     joined = presence.new_empty(1, presence.shape[1])
     n_programs = max(1, -(-presence.shape[1] // FLAG_WORDS.value))
     _any_kernel[(n_programs,)](
-        presence, joined, presence.shape[0], presence.stride(0), presence.shape[1], num_warps=4
-    )
+        presence, joined, presence.shape[0], presence_stride=presence.stride(0),
+        n_flag_words=presence.shape[1], num_warps=4,
+    )  # fmt: skip
     return joined
 
 
@@ -372,11 +381,13 @@ def apply(
         flags = _joined(presence)
         for i, ((dtype,), table) in enumerate(found):
             _apply_kernel[(table.n_tiles,)](
-                table.rows, table.tile_rows, verdict, flags, step, *rate, _bits(weight_decay),
-                scale, _bits(1.0 / scale),
-                max(1, words_per_shard), verdict.stride(0), verdict.stride(1),
-                flags.shape[0], flags.stride(0), int(i == 0 and in_kernel),
-                found_inf_address, _rounding_key(seed),
+                table.rows, table.tile_rows, verdict, presence_ptr=flags, step_ptr=step,
+                **rate, weight_decay=_bits(weight_decay), scale=scale,
+                inverse_scale=_bits(1.0 / scale), words_per_shard=max(1, words_per_shard),
+                shard_stride=verdict.stride(0), plane_stride=verdict.stride(1),
+                n_ranks=flags.shape[0], presence_stride=flags.stride(0),
+                advance=int(i == 0 and in_kernel), found_inf_address=found_inf_address,
+                rounding_key=_rounding_key(seed),
                 P=TRITON_DTYPES[dtype], ROUNDING=_rounding_of(rounding, dtype),
                 PLANES=planes, CAUTIOUS=cautious_decay,
                 BLOCK=config.block, **options(config),
