@@ -204,6 +204,9 @@ def train(
                 average_gradients(params, flat, counter)
             with counter if votes else contextlib.nullcontext():
                 optimizer.step()
+            if votes and step == 0:
+                # Ranks agree in the first step on who votes: a few bytes that are no votes.
+                beside = counter.bytes_sent - optimizer.wire_bytes
             optimizer.zero_grad()
             # Eight bytes for the progress bar and for Ctrl-C, the same for all: not counted.
             mean_loss, stopped = stop_agreed(loss, stop, parent)
@@ -218,10 +221,10 @@ def train(
             show(bar, mean_loss, run)
     if votes:
         optimizer.verify_replicas()
-        if optimizer.wire_bytes != counter.bytes_sent:
+        if not beside == counter.bytes_sent - optimizer.wire_bytes < 10_000:
             raise RuntimeError(
                 f"{METHODS[method]}: counted {counter.bytes_sent} bytes at the collectives, "
-                f"the optimizer says {optimizer.wire_bytes}"
+                f"the optimizer says {optimizer.wire_bytes}, and {beside} others in the first step"
             )
     run.finished = not stopped
     return run.finished
