@@ -44,6 +44,13 @@ def _check_storage(tensors: Sequence[Tensor | None], name: str) -> None:
             raise ValueError(f"{name}[{i}] must be float32, bfloat16 or float16, got {t.dtype}")
 
 
+def _check_written(params: Sequence[Tensor | None]) -> None:
+    """PyTorch lets optional tensors pass that are missing, or the negatives of their storage."""
+    for i, p in enumerate(params):
+        _rule(p is not None, f"params[{i}] must be a tensor, got None")
+        _rule(p is None or not p.is_neg(), f"params[{i}] must not be a negative view")
+
+
 def _check_momenta(exp_avgs: Sequence[Tensor], block_scales: Sequence[Tensor] | None) -> None:
     for i, m in enumerate(exp_avgs):
         if m.dtype not in MOMENTUM_DTYPES:
@@ -248,6 +255,7 @@ def lion_step(
     NaN shows in the parameter. With ``agreeing``, what count_agreeing counted, a cautious update is
     multiplied by a tensor's elements over (agreeing + 1). ``uniform``: parameters must be of one
     dtype, and momenta of one."""
+    _check_written(params)
     _check_pairs(grads, params, "grads", "params")
     _check_pairs(exp_avgs, params, "exp_avgs", "params")
     _check_storage(params, "params")
@@ -382,6 +390,7 @@ def apply(
     """The update of the parameters that any rank voted on. ``verdict``: (shards, planes, words),
     integers v that stand for the direction (2 * v - scale) / scale; ``presence``: (ranks, flag
     words), the flags of every rank."""
+    _check_written(params)
     _check_storage(params, "params")
     _check_planes(verdict, "verdict", 3)
     _check_planes(presence, "presence", 2)

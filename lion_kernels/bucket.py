@@ -2,7 +2,6 @@
 dense, and with gradients and states in their memory layout. Knows no process groups.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import repeat
 from operator import is_, itemgetter
@@ -21,6 +20,10 @@ DOUBLES = (torch.float64, torch.complex128)
 _PLAIN = {Tensor, type(None)}
 
 
+def _needs_a_stand_in(p: Tensor) -> bool:
+    return not is_dense(p) or p.is_neg()
+
+
 @dataclass
 class Bucket:
     """Lists of equal lengths; gradients are there for a step only. None abstains from a vote."""
@@ -34,7 +37,8 @@ class Bucket:
     is_uniform: bool = False  # parameters are of one dtype, and momenta of one
     # DTensors, whose shards the ops write.
     wrappers: list[Tensor] = field(default_factory=list)
-    # (place, parameter with gaps), for which a dense one stands in during a step.
+    # (place, parameter with gaps or a sign that its storage lacks), for which a dense one stands in
+    # during a step.
     gapped: list[tuple[int, Tensor]] = field(default_factory=list)
 
     @property
@@ -72,7 +76,7 @@ class Bucket:
             self.block_scales.append(states.block_scales_of(state))
         if p.is_complex():
             p, m = torch.view_as_real(p), torch.view_as_real(m)
-        if not self.is_double and not is_dense(p):
+        if not self.is_double and _needs_a_stand_in(p):
             self.gapped.append((len(self.params), p))
         self.params.append(p)
         self.exp_avgs.append(m)
@@ -145,13 +149,14 @@ class Plan:
         self._kept = {key: [s for s in self._states if key in s] for key in states.KEYS}
         # Beside pairs of reals, and beside dense stand-ins.
         self._always_odd = [
-            i for i, p in enumerate(self._members) if p.is_complex() or not is_dense(local(p))
+            i for i, p in enumerate(self._members) if p.is_complex() or _needs_a_stand_in(local(p))
         ]
         self._grads: list[Tensor | None] = []
         self._odd: list[int] = []
         self._are_complex = any(p.is_complex() for p in self._members)
         self._are_sharded = any(map(is_distributed, self._members))
-        self._dtypes = {(p.dtype, s["exp_avg"].dtype) for p, s in self._pairs()}
+        pairs = zip(self._members, self._states, strict=True)
+        self._dtypes = {(p.dtype, s["exp_avg"].dtype) for p, s in pairs}
         rest.is_uniform = len(self._dtypes) == 1
         # Whether one launch sees all that could have changed; cleared when one has refused. What
         # compensates is made and moved before an op is asked.
@@ -196,17 +201,14 @@ class Plan:
             return False
         return self._odd != [-1]
 
-    def _pairs(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        return zip(self._members, self._states, strict=True)
-
     def _has_its_dtypes(self) -> bool:
-        """Whether the first member has the dtypes of before, as the op then finds all others have,
-        and gradients are tensors of no other kind."""
+        """Whether the first member with a gradient has the dtypes of before, as the op then finds
+        all others have, and gradients are tensors of no other kind."""
         try:
-            p, state = next(self._pairs())
-            return (p.dtype, state["exp_avg"].dtype) in self._dtypes and {
-                *map(type, self._grads)
-            } <= _PLAIN
+            pairs = zip(self._members, self._states, self._grads, strict=True)
+            found = next(((p, s) for p, s, g in pairs if g is not None), None)
+            is_same = found is None or (found[0].dtype, found[1]["exp_avg"].dtype) in self._dtypes
+            return is_same and {*map(type, self._grads)} <= _PLAIN
         except (AttributeError, KeyError):
             return False
 

@@ -99,7 +99,7 @@ def ballot(bucket: Bucket, settings: Settings, scaling: Scaling) -> Bucket:
         vote = torch.where(finite, moments.sign(settings.cautious), torch.nan)
         votes.append((-vote if settings.maximize else vote).float().contiguous())
         moments.move_on(finite & _moves(scaling.found_inf, g.device))
-    shapes = [torch.empty(p.shape, device=p.device) for p in bucket.params]
+    shapes = [torch.empty_like(p, dtype=torch.float32) for p in bucket.params]
     return Bucket(
         params=[torch.full_like(t, _ABSENT) for t in shapes],
         grads=votes,

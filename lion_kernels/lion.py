@@ -248,7 +248,7 @@ class Lion(Optimizer):
         only, scaling = None if is_asked else self._plans.get(0), Scaling.of(self)
         try:
             scaling = yield from self._step_groups(scaling, only is not None and only.may_presume)
-        except (KeyError, NotImplementedError, TypeError, ValueError):
+        except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError):
             if only is None or not only.may_presume:
                 raise
             only.may_presume = False

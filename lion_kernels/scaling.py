@@ -28,7 +28,7 @@ class Scaling:
             # The sum of nothing, of a rank where no parameter has a gradient, is a number.
             params = [p for group in optimizer.param_groups for p in group["params"]]
             device = next((p.device for p in params if p.is_cuda), torch.device("cpu"))
-            found_inf = torch.full((1,), float(found_inf), device=device)
+            found_inf = torch.full((1,), float(found_inf), dtype=torch.float32, device=device)
         return cls(getattr(optimizer, "grad_scale", None), found_inf)
 
     def to(self, device: torch.device) -> "Scaling":
@@ -55,7 +55,7 @@ class Scaling:
             factor = there.grad_scale.double().reciprocal().float().reshape(1)
             if there.found_inf is not None:
                 factor = torch.where(there.found_inf.reshape(1) == 0, factor, 1.0)
-            infinities = torch.zeros(1, device=device)
+            infinities = torch.zeros(1, dtype=torch.float32, device=device)
             # GradScaler's own unscaling: in float32, whatever the gradients are stored in.
             torch._amp_foreach_non_finite_check_and_unscale_(grads, infinities, factor)
 

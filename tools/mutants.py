@@ -187,6 +187,8 @@ MUTANTS = [
      "facts += [(name, self._shared[name]) for name in _AGREED]", ""),
     ("replicas never compared", "lion_kernels/distributed.py",
      "if self._check_every and self._steps % self._check_every == 0:", "if False:"),
+    ("a negative parameter goes the wrong way", "lion_kernels/bucket.py",
+     "return not is_dense(p) or p.is_neg()", "return not is_dense(p)"),
     ("dtypes presumed", "lion_kernels/bucket.py",
      "if presume and self._has_its_dtypes():", "if presume:"),
     ("nobody asked about who joins", "lion_kernels/lion.py",

@@ -52,6 +52,7 @@ float* block_scales_of(const at::Tensor& exp_avg, int64_t i, size_t n_exp_avgs,
 at::Tensor present_in(const MaybeTensors& tensors, const char* name, size_t i) {
   const std::optional<at::Tensor> tensor = tensors.get(i);
   TORCH_CHECK_VALUE(tensor.has_value(), name, "[", i, "] must be a tensor, got None");
+  TORCH_CHECK_VALUE(!tensor->is_neg(), name, "[", i, "] must not be a negative view");
   return *tensor;
 }
 

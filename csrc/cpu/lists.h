@@ -30,7 +30,8 @@ struct Item {
   float* block_scales;  // of an int8 momentum
 };
 
-// A tensor of a list that could lack it; raises ValueError where it does.
+// A tensor of a list of optional ones, which PyTorch hands over as they are; raises ValueError
+// where it is missing, or the negative of its storage.
 at::Tensor present_in(const MaybeTensors& tensors, const char* name, size_t i);
 
 class Lists {

@@ -158,7 +158,7 @@ def lion_step(
 ) -> None:
     """See reference.lion_step."""
     given = {**locals()}
-    device = params[0].device if params else lr.device
+    device = params[0].device if params and params[0] is not None else lr.device
 
     def launches() -> Launches:
         _ops.CHECKS["lion_step"](**given)

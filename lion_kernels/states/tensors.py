@@ -85,7 +85,7 @@ def compensation(state: dict[str, Tensor], p: Tensor) -> Tensor:
     it is missing; empty for a storage type that drops nothing."""
     dtype = _ops.low_dtype(p.dtype)
     if dtype is None:
-        return torch.empty(0, device=p.device)
+        return torch.empty(0, dtype=torch.float32, device=p.device)
     _follow(state, p)
     before = state.get("compensation")
     if before is None or before.dtype != p.dtype:

@@ -172,14 +172,15 @@ class Loopback(Wire):
             self._finish_together()
 
     def _begin(self) -> None:
-        """Run what is first in the queue up to its first transfer."""
-        if not self._queue:
-            return
-        try:
-            self._transfer = next(self._queue[0], None)
-        except BaseException:
-            self._queue.popleft()
-            raise
+        """Run what is first in the queue up to its first transfer. What raises leaves the queue to
+        what comes behind it."""
+        if self._queue:
+            try:
+                self._transfer = next(self._queue[0], None)
+            except BaseException:
+                self._queue.popleft()
+                self._begin()
+                raise
 
     def _finish_together(self) -> None:
         workers = self._workers

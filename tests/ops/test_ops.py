@@ -68,6 +68,22 @@ BAD = {
     "lr": (*changed("lion_step", 3, torch.zeros(2)), "lr must have one element"),
     "agreeing": (*changed("count_agreeing", 2, ints(2)), "agreeing must be contiguous int64"),
     "agreeing pairs": (*changed("count_agreeing", 0, []), "grads and exp_avgs must have equal"),
+    "none": (
+        *changed("lion_step", 0, [torch.zeros(100), None]),
+        r"params\[1\] must be a tensor, got None",
+    ),
+    "none to apply": (
+        *changed("apply", 0, [torch.zeros(100), None]),
+        r"params\[1\] must be a tensor, got None",
+    ),
+    "negative": (
+        *changed("lion_step, uniform", 0, [torch.zeros(100), torch._neg_view(torch.zeros(100))]),
+        r"params\[1\] must not be a negative view",
+    ),
+    "negative to apply": (
+        *changed("apply", 0, [torch._neg_view(torch.zeros(100)), torch.zeros(5, 3)]),
+        r"params\[0\] must not be a negative view",
+    ),
     "uniform": (*changed("lion_step, mixed", 19, True), r"params\[1\] must be of the first one's"),
     "uniform momenta": (
         *changed("lion_step, uniform", 2, [torch.zeros(100), torch.zeros(100).half()]),

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from common import Dispatched, bits_equal, generator
-from lion_kernels import Lion, bucket
+from lion_kernels import DistributedLion, Lion, bucket
+from lion_kernels.simulate import loopback
 
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.3}
 
@@ -313,3 +314,78 @@ def test_a_compensation_of_another_shape_is_named():
     with pytest.raises(ValueError, match="compensation of parameter 0 of group 0 must have shape"):
         opt.step()
     assert torch.equal(p, before)
+
+
+def test_who_has_a_gradient_is_asked_for_dtypes():
+    """The head changes, and the frozen backbone comes first."""
+    backbone, head = (torch.nn.Parameter(torch.ones(30)) for _ in range(2))
+    opt = Lion([backbone, head], lr=1e-3)
+    for _ in range(2):
+        backbone.grad = head.grad = torch.ones(30)
+        opt.step()
+    backbone.grad = head.grad = None
+    head.data = head.data.bfloat16()
+    head.grad = torch.ones_like(head)
+    opt.step()
+    assert opt.state[head]["exp_avg"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("momentum", [None, "x"])
+def test_a_momentum_that_is_none_is_named(momentum):
+    params = [torch.nn.Parameter(torch.ones(30)) for _ in range(2)]
+    opt = Lion(params, lr=1e-3, momentum_dtype="int8")
+    for p in params:
+        p.grad = torch.ones(30)
+    opt.step()
+    opt.state[params[1]]["exp_avg"] = momentum
+    with pytest.raises(ValueError, match="exp_avg of parameter 1 of group 0 must have shape"):
+        opt.step()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_parameter_that_is_the_negative_of_its_storage(n):
+    """Which is what the imaginary part of a conjugate is; dense where it has one element."""
+    rows = [torch.nn.Parameter(torch._neg_view(torch.full((5,), -1.0))) for _ in range(n)]
+    if n == 1:
+        opts = [Lion(rows, lr=0.25)]
+    else:
+        ends = loopback(n)
+        opts = [
+            DistributedLion([p], lr=0.25, process_group=e) for p, e in zip(rows, ends, strict=True)
+        ]
+    for _ in range(3):
+        for p, opt in zip(rows, opts, strict=True):
+            p.grad = torch.ones(5)
+            opt.step()
+    assert all(p.is_neg() and torch.equal(p, torch.full((5,), 0.25)) for p in rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_any_default_dtype(dtype):
+    """What a GradScaler takes is float32, and so is what the ops take of a vote in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        p = torch.nn.Parameter(torch.ones(5, dtype=torch.float32))
+        opt, scaler = Lion([p], lr=0.25), torch.amp.GradScaler("cpu", init_scale=4.0)
+        scaler.scale(p.sum()).backward()
+        scaler.step(opt)
+        assert torch.equal(p, torch.full_like(p, 0.75)) and torch.equal(p.grad, torch.ones_like(p))
+        ends = loopback(3)
+        rows = [[torch.nn.Parameter(torch.ones(33, dtype=torch.float64))] for _ in ends]
+        opts = [
+            DistributedLion(row, lr=0.25, process_group=e)
+            for row, e in zip(rows, ends, strict=True)
+        ]
+        for (q,), opt in zip(rows, opts, strict=True):
+            q.grad = torch.ones_like(q)
+            opt.step()
+        assert all(torch.equal(q, torch.full_like(q, 0.75)) for (q,) in rows)
+        opts[0].found_inf = opts[1].found_inf = torch.zeros(1, dtype=torch.float32)
+        opts[2].found_inf = 0.0  # of a rank where no parameter has a gradient
+        rows[2][0].grad = None
+        for opt in opts:
+            opt.step()
+        assert all(torch.equal(q, torch.full_like(q, 0.5)) for (q,) in rows)
+    finally:
+        torch.set_default_dtype(before)

@@ -200,6 +200,22 @@ def test_an_error_of_a_worker_that_waits_leaves_the_others_theirs():
     assert done == [0, 1, 2, 0, 1, 2]
 
 
+def test_what_comes_behind_an_error_is_begun():
+    def work(wire, fails=False):
+        if fails:
+            raise ValueError("at its begin")
+        yield wire.largest(torch.zeros(1))
+        done.append(wire.rank)
+
+    ends, done = loopback(2), []
+    for fails in (False, True, False):
+        ends[0].drive(work(ends[0], fails))
+    with pytest.raises(ValueError, match="at its begin"):
+        ends[1].drive(work(ends[1]))
+    ends[1].drive(work(ends[1]))
+    assert done == [0, 1, 0, 1]
+
+
 def test_steps_are_counted_and_not_calls_of_hooks():
     class Mine(DistributedLion):
         def step(self, closure=None):
