@@ -280,7 +280,24 @@ def stale_among(mutants):
     return stale
 
 
-def noticed_by(folder, tests, which="not compile"):
+def is_compiled(file):
+    return file.startswith("csrc") and not file.endswith(".cu")
+
+
+def tests_of(file):
+    """The tests that have to notice what is wrong with a file, and which of them."""
+    if file.startswith(("lion_kernels/kernels", "csrc/identity", "csrc/cuda")):
+        return GPU, "GPU or gpu or every_kernel or test_launch"
+    return (ROOMS if is_compiled(file) else USERS), "not compile"
+
+
+def of_the_stem(file):
+    """The test files named after a source file, which most often notice what is wrong with it."""
+    stem = Path(file).stem
+    return [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(f"tests/*/test_{stem}.py"))]
+
+
+def noticed_by(folder, tests, which):
     """The first failing test, or None."""
     outcome = run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
                    "-k", which, *tests], folder)  # fmt: skip
@@ -319,7 +336,7 @@ def main():
     if stale := stale_among(wanted):
         sys.exit("\n".join(stale))
     # Python first: a compiled mutant leaves its library behind.
-    wanted.sort(key=lambda m: m[1].startswith("csrc") and not m[1].endswith(".cu"))
+    wanted.sort(key=lambda m: is_compiled(m[1]))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "tree"
         ignore = shutil.ignore_patterns(".venv", ".git", "build", "runs", "__pycache__")
@@ -328,26 +345,27 @@ def main():
         unbroken = passes(folder) if by_conformance else set()
         if unbroken is None:
             sys.exit("the unbroken library already crashes")
-        if not by_conformance and (broken := noticed_by(folder, sorted({*ROOMS, *USERS, *GPU}))):
+        needed = sorted({test for m in wanted for test in tests_of(m[1])[0]})
+        if not by_conformance and (broken := noticed_by(folder, needed, "not compile")):
             sys.exit(f"the unbroken library already fails {broken}")
         rows = []
         for name, file, old, new in tqdm(wanted, unit="mutant"):
             source = folder / file
             original = source.read_text()
             source.write_text(original.replace(old, new))
-            on_gpu = file.startswith(("lion_kernels/kernels", "csrc/identity", "csrc/cuda"))
-            compiled = file.startswith("csrc") and not file.endswith(".cu")
-            if compiled:
+            if is_compiled(file):
                 build(folder)
             if by_conformance:
                 left = passes(folder)
                 lost = sorted(unbroken - left) if left is not None else ["a crash"]
                 noticed = "; ".join(lost) or None
-            elif on_gpu:
-                noticed = noticed_by(folder, GPU, "GPU or gpu or every_kernel or test_launch")
             else:
-                noticed = noticed_by(folder, ROOMS if compiled else USERS)
+                tests, which = tests_of(file)
+                first = of_the_stem(file) if which == "not compile" else []
+                noticed = first and noticed_by(folder, first, which)
+                noticed = noticed or noticed_by(folder, tests, which)
             rows.append((name, file, noticed))
+            tqdm.write(f"{name}: {noticed or 'SURVIVED'}")
             source.write_text(original)
     table = [(name, file, test or "SURVIVED") for name, file, test in rows]
     print(tabulate(table, headers=("mutant", "file", "noticed by")))
