@@ -194,3 +194,33 @@ def replicated(rank):
 def test_replicate_is_refused_at_construction(worlds):
     with pytest.raises(RankError, match="a DTensor, as fully_shard and replicate make them"):
         worlds(2).run(replicated)
+
+
+def under_ddp(rank):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 3)
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    opt = Lion(ddp.parameters(), lr=0.01, weight_decay=0.1)
+    for step in range(3):
+        torch.manual_seed(10 * step + rank)
+        ddp(torch.randn(4, 6)).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+def test_lion_under_ddp_steps_averaged_gradients(worlds):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 3)
+    opt = Lion(model.parameters(), lr=0.01, weight_decay=0.1)
+    for step in range(3):
+        batches = []
+        for rank in range(2):
+            torch.manual_seed(10 * step + rank)
+            batches.append(torch.randn(4, 6))
+        sum(model(x).square().mean() for x in batches).div(2).backward()
+        opt.step()
+        opt.zero_grad()
+    for params in worlds(2).run(under_ddp):
+        for p, q in zip(params, model.parameters(), strict=True):
+            torch.testing.assert_close(p, q.detach(), rtol=0, atol=1e-7)
