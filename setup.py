@@ -14,7 +14,6 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
-FLOOR = (2, 11)
 VERSION = re.search('= "(.+)"', (ROOT / "lion_kernels" / "_version.py").read_text()).group(1)
 # -ffp-contract=off: the kernels say themselves where a multiply and an add are fused.
 FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-Wno-psabi", "-Wno-maybe-uninitialized"]
@@ -24,8 +23,7 @@ FLAGS += os.environ.get("LION_KERNELS_CXXFLAGS", "").split()  # the last word, a
 def toolkit() -> str:
     """The folder of the CUDA toolkit, asked of nvcc, or "": torch takes the folder above the nvcc
     on PATH, which has no headers where that nvcc is a wrapper script."""
-    nvcc = shutil.which("nvcc") or "true"
-    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    command = [shutil.which("nvcc") or "true", "--dryrun", "-x", "cu", os.devnull]
     said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     top = re.search(r"^#\$ TOP=(.+?)\s*$", said.stdout, re.M)
     return os.path.realpath(top.group(1)) if top else ""
@@ -43,7 +41,7 @@ except ImportError:
         f"lion_kernels needs torch >= 2.11, and {sys.executable} has none: "
         "pip install torch==2.13.0 (then install lion_kernels with --no-build-isolation)"
     )
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < FLOOR:
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
     sys.exit(f"lion_kernels needs torch >= 2.11, got {torch.__version__}")
 cxx = cpp_extension.get_cxx_compiler()
 if shutil.which(cxx) is None:

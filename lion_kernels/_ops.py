@@ -22,17 +22,6 @@ STORAGE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.
 MOMENTUM_DTYPES: tuple[torch.dtype, ...] = (*STORAGE_DTYPES, torch.int8)
 
 
-# By device type: what raises, given ``vote``, where its back end lacks something. Back ends put it
-# here when they register their ops, so that who asks imports none of them.
-REQUIRED: dict[str, Callable[[bool], None]] = {}
-
-
-def require_kernels(device_type: str, vote: bool) -> None:
-    """Raise RuntimeError where the kernels of the ops, or those that count a ``vote``, are missing
-    for a device type, and say what to install."""
-    REQUIRED[device_type](vote)
-
-
 def _rule(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels import _ops
+from lion_kernels import _ops, native
 from lion_kernels.bucket import DOUBLES
 from lion_kernels.dense import overlaps
 from lion_kernels.shards import has_storage, is_distributed, is_wrapper
@@ -158,4 +158,4 @@ def check_members(
 def require_kernels(group: dict[str, Any], vote: bool) -> None:
     """Raise RuntimeError where a group has CUDA parameters to move and no kernels for them."""
     if any(p.is_cuda and p.requires_grad for p in group["params"]):
-        _ops.require_kernels("cuda", vote=vote)
+        native.require_kernels("cuda", vote=vote)

@@ -1,7 +1,10 @@
-"""The compiled library: loaded where it was built, asked how it was built, and missed by name."""
+"""What was built: the compiled library, loaded, described, and missed by name; and the kernels of a
+device, which are asked for without importing them.
+"""
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +51,14 @@ def build_info() -> dict[str, object]:
     in use, SIMD levels of this machine, bits per word."""
     require()
     return dict(_C.build_info())
+
+
+# By device type: what raises, given ``vote``, where its back end lacks something. Back ends put it
+# here when they register their ops, so that who asks imports none of them.
+REQUIRED: dict[str, Callable[[bool], None]] = {}
+
+
+def require_kernels(device_type: str, vote: bool) -> None:
+    """Raise RuntimeError where the kernels of the ops, or those that count a ``vote``, are missing
+    for a device type, and say what to install."""
+    REQUIRED[device_type](vote)

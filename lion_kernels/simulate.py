@@ -24,5 +24,5 @@ def loopback(n: int) -> list[Loopback]:
     """The ends of ``n`` workers, one each, in the order of their ranks; raises ValueError."""
     workers: list[Loopback] = []
     n = check_integer("n", n, "at least 1", low=1)
-    workers += [Loopback(rank, workers) for rank in range(n)]
+    workers += [Loopback(rank, n, workers) for rank in range(n)]
     return workers

@@ -51,7 +51,7 @@ def _not_built(*_: Any) -> None:
     raise RuntimeError(_NOT_BUILT)
 
 
-_ops.REQUIRED["cuda"] = require
+native.REQUIRED["cuda"] = require
 for _name in TRITON_OPS:
     torch.library.impl(f"lion_kernels::{_name}", "CUDA")(_triton(_name))
 if native._C is None or not native._C.build_info()["cuda"]:

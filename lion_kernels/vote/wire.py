@@ -124,15 +124,11 @@ class Loopback(Wire):
     """One worker of several in this process. Its work stops at the first transfer until every
     other worker's has come as far; then all go on in lock-step, within the last one's call."""
 
-    def __init__(self, rank: int, workers: "list[Loopback]") -> None:
-        self.rank, self._workers = rank, workers
+    def __init__(self, rank: int, world_size: int, workers: "list[Loopback]") -> None:
+        self.rank, self.world_size, self._workers = rank, world_size, workers
         self._posted: tuple[str, Any] = ("nothing", None)
         self._queue: deque[Iterator[Transfer]] = deque()
         self._transfer: Transfer | None = None  # at which the first of the queue stands
-
-    @property
-    def world_size(self) -> int:  # type: ignore[override]
-        return len(self._workers)
 
     def _everyones(self) -> list[Any]:
         if any(worker._posted[0] != self._posted[0] for worker in self._workers):

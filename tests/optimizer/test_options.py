@@ -10,6 +10,7 @@ import torch
 from common import Workers
 from lion_kernels import DistributedLion, Lion, options
 from lion_kernels.simulate import loopback
+from lion_kernels.vote.exchange import EXCHANGES
 
 KINDS = {"Lion": Lion, "DistributedLion": DistributedLion}
 ALONE = {name for kind in options.BOTH for name in options.OPTIONS[kind]}
@@ -103,6 +104,10 @@ def test_ranks_agree_on_what_the_table_says():
 def test_the_page_is_that_of_the_table():
     docs = runpy.run_path("tools/docs.py")
     assert (docs["DOCS"] / "options.md").read_text() == docs["options_page"]()
+
+
+def test_exchanges_are_those_that_exist():
+    assert set(options.EXCHANGES) == set(EXCHANGES)
 
 
 def test_workers_share_options():

@@ -181,38 +181,33 @@ def test_schedulers_may_step_before_the_next_worker():
     assert all(torch.equal(p, torch.full((3,), -0.75)) for row in rows for p in row)
 
 
-def test_an_error_of_a_worker_that_waits_leaves_the_others_theirs():
-    def work(wire, fails=False):
-        if fails:
-            raise ValueError("at its begin")
-        yield wire.largest(torch.zeros(1))
-        done.append(wire.rank)
+def work(wire, done, fails=False):
+    if fails:
+        raise ValueError("at its begin")
+    yield wire.largest(torch.zeros(1))
+    done.append(wire.rank)
 
+
+def test_an_error_of_a_worker_that_waits_leaves_the_others_theirs():
     ends, done = loopback(3), []
     for end in ends[:2]:
-        end.drive(work(end))
-        end.drive(work(end, fails=end.rank == 0))
+        end.drive(work(end, done))
+        end.drive(work(end, done, fails=end.rank == 0))
     with pytest.raises(ValueError, match="at its begin"):
-        ends[2].drive(work(ends[2]))
+        ends[2].drive(work(ends[2], done))
     assert done == [0, 1, 2]
     for end in (ends[0], ends[2]):  # the work of rank 1 waits as far as it came
-        end.drive(work(end))
+        end.drive(work(end, done))
     assert done == [0, 1, 2, 0, 1, 2]
 
 
 def test_what_comes_behind_an_error_is_begun():
-    def work(wire, fails=False):
-        if fails:
-            raise ValueError("at its begin")
-        yield wire.largest(torch.zeros(1))
-        done.append(wire.rank)
-
     ends, done = loopback(2), []
     for fails in (False, True, False):
-        ends[0].drive(work(ends[0], fails))
+        ends[0].drive(work(ends[0], done, fails))
     with pytest.raises(ValueError, match="at its begin"):
-        ends[1].drive(work(ends[1]))
-    ends[1].drive(work(ends[1]))
+        ends[1].drive(work(ends[1], done))
+    ends[1].drive(work(ends[1], done))
     assert done == [0, 1, 0, 1]
 
 
