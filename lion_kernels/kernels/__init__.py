@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from lion_kernels import _ops, native
+from lion_kernels import _ops as _ops  # declares the ops that are implemented here
+from lion_kernels import native
 
 TRITON_OPS = ("lion_step", "count_agreeing", "encode", "apply")
 CUDA_OPS = ("tally", "elect")
