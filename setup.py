@@ -1,100 +1,170 @@
-"""Builds lion_kernels._C: the C++ sources always, CUDA's where torch has CUDA and nvcc exists.
+"""Builds lion_kernels._C, the ops of CPU tensors, and with a CUDA toolkit lion_kernels/_cuda.so,
+the count of votes on GPUs. Both stand on torch's stable ABI: built once, against the headers of
+any torch since 2.11, they serve all of them. Torch is looked up, not imported; no GPU is needed.
 
-LION_KERNELS_CUDA=1 makes a missing CUDA toolchain an error, =0 leaves CUDA out.
+LION_KERNELS_CUDA=1 wants the CUDA part, also beside a torch without CUDA; =0 leaves it out; without
+either it is built where torch has CUDA and nvcc is there. TORCH_CUDA_ARCH_LIST names the GPUs.
 """
 
+import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+from importlib import metadata
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+if sys.version_info < (3, 10):  # noqa: UP036  (pip reads requires-python, this file's user may not)
+    sys.exit(f"lion_kernels needs Python 3.10 or newer, got {sys.version.split()[0]}")
+
+ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 VERSION = re.search('= "(.+)"', (ROOT / "lion_kernels" / "_version.py").read_text()).group(1)
+# The C functions of torch 2.11, and none that came later.
+OLDEST_TORCH, TARGET = (2, 11), "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # -ffp-contract=off: the kernels say themselves where a multiply and an add are fused.
-FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-Wno-psabi", "-Wno-maybe-uninitialized"]
-FLAGS += os.environ.get("LION_KERNELS_CXXFLAGS", "").split()  # the last word, as -O1 -g
+CXXFLAGS = (
+    "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra "
+    "-Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"
+).split()
+CXXFLAGS += os.environ.get("LION_KERNELS_CXXFLAGS", "").split()  # the last word, as -O1 -g
+# -lineinfo names source lines in profiles and changes no instruction.
+NVCCFLAGS = (
+    "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -Wno-deprecated-gpu-targets "
+    "-Werror=all-warnings"
+).split()
 
 
-def toolkit() -> str:
-    """The folder of the CUDA toolkit, asked of nvcc, or "": torch takes the folder above the nvcc
-    on PATH, which has no headers where that nvcc is a wrapper script."""
+def torch_folder() -> Path:
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        sys.exit(
+            f"lion_kernels needs torch >= 2.11, and {sys.executable} has none: "
+            "pip install torch==2.13.0 (then install lion_kernels with --no-build-isolation)"
+        )
+    version = metadata.version("torch")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+        sys.exit(f"lion_kernels needs torch >= 2.11, got {version}")
+    return Path(found.origin).parent
+
+
+def torch_has_cuda(torch: Path) -> bool:
+    return any((torch / "lib").glob("libtorch_cuda.so"))
+
+
+def toolkit() -> Path:
+    """The folder of the CUDA toolkit: CUDA_HOME, or as nvcc says, which may be a wrapper script."""
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return Path(home)
     command = [shutil.which("nvcc") or "true", "--dryrun", "-x", "cu", os.devnull]
     said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     top = re.search(r"^#\$ TOP=(.+?)\s*$", said.stdout, re.M)
-    return os.path.realpath(top.group(1)) if top else ""
+    return Path(os.path.realpath(top.group(1))) if top else Path("none")
 
 
-if not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")) and toolkit():
-    os.environ["CUDA_HOME"] = toolkit()  # before torch's cpp_extension, which reads it on import
-if sys.version_info < (3, 10):  # noqa: UP036  (pip reads requires-python, this file's user may not)
-    sys.exit(f"lion_kernels needs Python 3.10 or newer, got {sys.version.split()[0]}")
-try:
-    import torch
-    from torch.utils import cpp_extension
-except ImportError:
-    sys.exit(
-        f"lion_kernels needs torch >= 2.11, and {sys.executable} has none: "
-        "pip install torch==2.13.0 (then install lion_kernels with --no-build-isolation)"
-    )
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
-    sys.exit(f"lion_kernels needs torch >= 2.11, got {torch.__version__}")
-cxx = cpp_extension.get_cxx_compiler()
-if shutil.which(cxx) is None:
-    sys.exit(f"lion_kernels needs a C++ compiler, and {cxx!r} is not there: install g++ or set CXX")
-
-
-def sources() -> tuple[list[str], list[str]]:
-    """C++ sources, and CUDA's: none unless torch has CUDA and nvcc is there; no GPU is needed."""
+def wants_cuda(torch: Path) -> bool:
     wanted = os.environ.get("LION_KERNELS_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"LION_KERNELS_CUDA must be 0 or 1, got {wanted!r}")
-    cuda = sorted([*CSRC.glob("cuda/**/*.cu"), *CSRC.glob("cuda/**/*.cpp")])
-    cpp = sorted(set(CSRC.rglob("*.cpp")) - set(cuda))
-    home = Path(cpp_extension.CUDA_HOME or "none")
-    possible = torch.version.cuda and (home / "include" / "cuda_runtime.h").is_file()
+    possible = (toolkit() / "include" / "cuda_runtime.h").is_file()
     if wanted == "1" and not possible:
         sys.exit(
-            f"LION_KERNELS_CUDA=1, but CUDA cannot be built: CUDA of torch: {torch.version.cuda}, "
-            f"CUDA_HOME (needs include/cuda_runtime.h): {cpp_extension.CUDA_HOME}"
+            "LION_KERNELS_CUDA=1, but CUDA cannot be built: no include/cuda_runtime.h in the "
+            f"toolkit, {toolkit()} (CUDA_HOME, or where nvcc says)"
         )
-    if not possible or wanted == "0":
-        cuda = []
-    return [str(p.relative_to(ROOT)) for p in cpp], [str(p.relative_to(ROOT)) for p in cuda]
+    return wanted == "1" or (wanted == "auto" and possible and torch_has_cuda(torch))
 
 
-cpp, cu = sources()
-archs = ""
-if cu:
-    # CUDA 12.8 is the first that knows sm_100; PTX serves what comes after.
-    knows_blackwell = tuple(map(int, torch.version.cuda.split(".")[:2])) >= (12, 8)
+def architectures() -> str:
+    """As TORCH_CUDA_ARCH_LIST has them; PTX serves what comes after the last."""
+    header = (toolkit() / "include" / "cuda.h").read_text()
+    # CUDA 12.8 is the first that knows sm_100.
+    knows_blackwell = int(re.search(r"define CUDA_VERSION (\d+)", header).group(1)) >= 12080
     default = "8.0;9.0;10.0+PTX" if knows_blackwell else "8.0;9.0+PTX"
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", default)
-    os.environ["TORCH_CUDA_ARCH_LIST"] = archs
-Extension = cpp_extension.CUDAExtension if cu else cpp_extension.CppExtension
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or default
 
-setup(
-    ext_modules=[
-        Extension(
-            "lion_kernels._C",
-            cpp + cu,
-            include_dirs=[str(CSRC.resolve())],
-            depends=sorted(str(path) for path in CSRC.rglob("*.h")),
-            define_macros=[
-                ("LION_KERNELS_VERSION", f'"{VERSION}"'),
-                ("LION_KERNELS_CUDA_ARCHS", f'"{archs}"'),
-            ],
-            extra_compile_args={
-                "cxx": FLAGS,
-                # -lineinfo names source lines in profiles and changes no instruction.
-                "nvcc": ["-O3", "-lineinfo", "-Wno-deprecated-gpu-targets", "-Werror=all-warnings"],
-            },
-            extra_link_args=["-fopenmp"],
-        )
-    ],
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
-)
+
+def gencode(archs: str) -> list[str]:
+    flags = []
+    for arch in archs.replace(" ", ";").split(";"):
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+class Ninja(build_ext):
+    """Compiles what has changed, in parallel."""
+
+    def build_extensions(self) -> None:
+        import ninja
+        import pybind11
+        from ninja import ninja_syntax
+
+        torch, cxx = torch_folder(), os.environ.get("CXX", "c++")
+        if shutil.which(cxx.split()[0]) is None:
+            sys.exit(
+                f"lion_kernels needs a C++ compiler, and {cxx!r} is not there: install g++ or set "
+                "CXX"
+            )
+        includes = [f"-I{CSRC}", f"-isystem{torch / 'include'}", TARGET]
+        python = [f"-isystem{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
+        archs = architectures() if len(self.extensions) > 1 else ""
+        about = [f'-DLION_KERNELS_VERSION="{VERSION}"', f'-DLION_KERNELS_CUDA_ARCHS="{archs}"']
+        link = [*shlex.split(os.environ.get("LDFLAGS", "")), f"-L{torch / 'lib'}"]
+        # No other file is asked of a machine's CUDA than its driver.
+        static = [f"-L{toolkit()}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "build.ninja").open("w") as file:
+            rules = ninja_syntax.Writer(file, width=1000)
+            for rule, command in (
+                ("cxx", [cxx, *CXXFLAGS, *includes, *python, *about, "-DUSE_CUDA"]),
+                ("nvcc", [f"{toolkit()}/bin/nvcc", *NVCCFLAGS, *includes, *gencode(archs or "8.0")]),
+            ):
+                line = f"{shlex.join(command)} $more -MD -MF $out.d -c $in -o $out"
+                rules.rule(rule, line, f"{rule} $in", "$out.d", deps="gcc")
+            rules.rule("link", f"{shlex.join([cxx, '-shared'])} $in -o $out {shlex.join(link)} $more")
+            for extension in self.extensions:
+                objects = []
+                for source in extension.sources:
+                    is_cu = source.endswith(".cu")
+                    rule = "nvcc" if is_cu else "cxx"
+                    objects += rules.build(str(folder / f"{source}.o"), rule, str(ROOT / source))
+                more = ["-Wl,--no-as-needed", *(f"-l{name}" for name in extension.libraries)]
+                more += static if extension.name == CUDA else []
+                rules.build(
+                    str(Path(self.get_ext_fullpath(extension.name)).resolve()), "link", objects,
+                    variables={"more": shlex.join(more)},
+                )  # fmt: skip
+        done = subprocess.run([Path(ninja.BIN_DIR) / "ninja", "--quiet", "-C", folder])
+        if done.returncode != 0:
+            sys.exit("lion_kernels was not built: the compiler's messages stand above")
+
+    def get_ext_filename(self, name: str) -> str:
+        """No suffix of a Python for what knows none."""
+        return name.replace(".", "/") + ".so" if name == CUDA else super().get_ext_filename(name)
+
+
+CUDA = "lion_kernels._cuda"
+
+
+def extension(name: str, sources: set[Path], libraries: list[str]) -> Extension:
+    paths = sorted(str(path.relative_to(ROOT)) for path in sources)
+    return Extension(name, paths, libraries=libraries)
+
+
+on_cuda = {*CSRC.glob("cuda/*.cu"), *CSRC.glob("cuda/*.cpp")}
+shared = {CSRC / "planes.cpp", CSRC / "stable" / "tensor.cpp"}
+extensions = [extension("lion_kernels._C", {*CSRC.rglob("*.cpp")} - on_cuda, ["torch_cpu"])]
+if wants_cuda(torch_folder()):
+    # libtorch.so leads to libtorch_cuda.so where torch has CUDA, and is there where it has none.
+    extensions.append(extension(CUDA, on_cuda | shared, ["torch", "torch_cpu"]))
+setup(ext_modules=extensions, cmdclass={"build_ext": Ninja})

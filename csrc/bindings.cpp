@@ -1,35 +1,71 @@
-// The module lion_kernels._C: importing it loads the ops; it tells how the library was built.
+// The module lion_kernels._C: importing it loads the ops of CPU tensors; it tells how the library
+// was built, and what tells tensors apart.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-#include <torch/version.h>
 
+#include <cstdint>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "bitplanes.h"
+#include "identity.h"
 #include "simd/levels.h"
 
 #ifndef LION_KERNELS_VERSION
 #error "setup.py defines LION_KERNELS_VERSION"
 #endif
-#ifndef LION_KERNELS_CUDA_ARCHS
-#define LION_KERNELS_CUDA_ARCHS ""
-#endif
+
+namespace py = pybind11;
+
+namespace {
+
+py::bytes bytes_of(const std::vector<int64_t>& numbers) {
+  return {reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t)};
+}
+
+// How this library was built, and the SIMD level in use on this machine.
+py::dict build_info() {
+  py::list levels;
+  for (const std::string& name : lion::simd_levels()) levels.append(name);
+  py::dict info;
+  info["version"] = LION_KERNELS_VERSION;
+  info["cuda_archs"] = LION_KERNELS_CUDA_ARCHS;
+  info["simd"] = lion::simd_level().name;
+  info["simd_levels"] = levels;
+  info["bits_per_word"] = lion::kBitsPerWord;
+  return info;
+}
+
+// Calls an op of identity.h; what Python raised there is raised.
+template <class Call>
+auto calling(const Call& call) {
+  try {
+    return call();
+  } catch (const lion::PythonError&) {
+    throw py::error_already_set();
+  }
+}
+
+py::tuple identity(const py::object& fixed, const py::object& grads) {
+  const lion::Identity found = calling([&] { return lion::identity(fixed.ptr(), grads.ptr()); });
+  return py::make_tuple(bytes_of(found.addresses), bytes_of(found.numbers));
+}
+
+py::list odd_gradients(const py::bytes& known, const py::object& tensors, const py::object& grads) {
+  py::list odd;
+  for (const int64_t i : calling([&] {
+         return lion::odd_gradients(std::string_view(known), tensors.ptr(), grads.ptr());
+       }))
+    odd.append(i);
+  return odd;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def(
-      "build_info",
-      [] {
-        pybind11::dict info;
-        info["version"] = LION_KERNELS_VERSION;
-        info["torch"] = TORCH_VERSION;
-        info["cuda"] = std::string(LION_KERNELS_CUDA_ARCHS) != "";
-        info["cuda_archs"] = LION_KERNELS_CUDA_ARCHS;
-        info["simd"] = lion::simd_level().name;
-        info["simd_levels"] = lion::simd_levels();
-        info["bits_per_word"] = lion::kBitsPerWord;
-        return info;
-      },
-      "How this library was built, and the SIMD level in use on this machine.");
-  m.def("set_simd_level", &lion::set_simd_level, pybind11::arg("name"),
-        "Use the kernels of `name` (one of build_info()['simd_levels']); for tests.");
+  m.def("build_info", &build_info);
+  // Use the kernels of one of build_info()['simd_levels']; for tests.
+  m.def("set_simd_level", &lion::set_simd_level, py::arg("name"));
+  m.def("identity", &identity);
+  m.def("odd_gradients", &odd_gradients);
 }

@@ -1,91 +1,176 @@
-// What tells two calls with the same tensors from two with others: one list of numbers a call, for
-// the plans of the optimizers and the caches of the GPU launchers. In C++, because asking 148
-// tensors from Python takes longer than the step of a small model.
-#include <ATen/ATen.h>
-#include <torch/library.h>
+#include "identity.h"
 
+#include <cstddef>
 #include <cstring>
-#include <vector>
+#include <memory>
+
+#include "dlpack.h"
 
 namespace lion {
 namespace {
 
-using OptionalTensors = c10::List<std::optional<at::Tensor>>;
-
 // Bytes of the largest access of a GPU's thread.
 constexpr int64_t kAlignment = 16;
 
-// Calls put with a tensor's rank, pointer, dtype, device, sizes and strides, one after the other.
-template <class Put>
-void numbers_of(const at::Tensor& tensor, Put put) {
-  put(tensor.dim());
-  put(reinterpret_cast<int64_t>(tensor.const_data_ptr()));
-  put(static_cast<int64_t>(tensor.scalar_type()));
-  put(tensor.device().index());
-  for (const int64_t size : tensor.sizes()) put(size);
-  for (const int64_t stride : tensor.strides()) put(stride);
+struct Release {
+  void operator()(PyObject* object) const { Py_DECREF(object); }
+};
+using Owned = std::unique_ptr<PyObject, Release>;
+
+Owned owned(PyObject* object) {
+  if (object == nullptr) throw PythonError{};
+  return Owned(object);
 }
 
-// First the addresses of the gradients (0: none), which may be others in every step; then the
-// numbers of every tensor of `fixed`, and those of the gradients but for their addresses, of which
-// only the alignment counts. int64 on the CPU.
-at::Tensor identity(const OptionalTensors& fixed, const OptionalTensors& grads) {
-  std::vector<int64_t> numbers;
-  numbers.reserve(grads.size() + 8 * (fixed.size() + grads.size()));
-  const auto put = [&](int64_t number) { numbers.push_back(number); };
-  for (const std::optional<at::Tensor>& g : grads)
-    put(g.has_value() ? reinterpret_cast<int64_t>(g->const_data_ptr()) : 0);
-  for (const std::optional<at::Tensor>& tensor : fixed)
-    tensor.has_value() ? numbers_of(*tensor, put) : put(-1);
-  for (size_t i = 0; i < grads.size(); ++i) {
-    const std::optional<at::Tensor> g = grads.get(i);
-    const size_t at = numbers.size();
-    g.has_value() ? numbers_of(*g, put) : put(-1);
-    if (g.has_value()) numbers[at + 1] %= kAlignment;
+Owned attribute(PyObject* object, const char* name) {
+  return owned(PyObject_GetAttrString(object, name));
+}
+
+// What this file knows of torch. Never released: it outlives the interpreter.
+struct Torch {
+  const dlpack::ExchangeApi* api;
+  PyObject *tensor, *parameter, *dispatch;
+};
+
+Torch ask_torch() {
+  const Owned torch = owned(PyImport_ImportModule("torch"));
+  Owned tensor = attribute(torch.get(), "Tensor");
+  Owned parameter = attribute(attribute(torch.get(), "nn").get(), "Parameter");
+  Owned dispatch = attribute(tensor.get(), "__torch_dispatch__");
+  const Owned capsule = attribute(tensor.get(), "__dlpack_c_exchange_api__");
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(
+      PyCapsule_GetPointer(capsule.get(), dlpack::kCapsule));
+  if (api == nullptr) throw PythonError{};
+  if (api->major != dlpack::kVersion) {
+    PyErr_Format(PyExc_RuntimeError, "lion_kernels knows DLPack %u, got torch's %u",
+                 dlpack::kVersion, api->major);
+    throw PythonError{};
   }
-  at::Tensor out = at::empty({static_cast<int64_t>(numbers.size())}, at::kLong);
-  std::memcpy(out.data_ptr<int64_t>(), numbers.data(), numbers.size() * sizeof(int64_t));
+  return {api, tensor.release(), parameter.release(), dispatch.release()};
+}
+
+const Torch& torch() {
+  static const Torch known = ask_torch();
+  return known;
+}
+
+// The items of a list or tuple, which must not change meanwhile.
+class Items {
+ public:
+  explicit Items(PyObject* items)
+      : items_(owned(PySequence_Fast(items, "expected a list of tensors"))) {}
+  size_t size() const { return static_cast<size_t>(PySequence_Fast_GET_SIZE(items_.get())); }
+  // Null: None.
+  PyObject* operator[](size_t i) const {
+    PyObject* item = PySequence_Fast_GET_ITEM(items_.get(), static_cast<Py_ssize_t>(i));
+    return item == Py_None ? nullptr : item;
+  }
+
+ private:
+  Owned items_;
+};
+
+dlpack::Tensor describe(PyObject* tensor) {
+  dlpack::Tensor out{};
+  if (torch().api->describe(tensor, &out) != 0) throw PythonError{};
   return out;
 }
 
-// Which gradients are not in the memory layout of their parameters, which come first in `tensors`,
-// before what is kept for them; {-1} where one of those is not what its numbers in `identity` say,
-// or a gradient does not fit its parameter. All lists are of optional tensors: PyTorch converts
-// parameters to such a list in half the time.
-std::vector<int64_t> odd_gradients(const at::Tensor& identity, const OptionalTensors& tensors,
-                                   const OptionalTensors& grads) {
-  const int64_t* at = identity.const_data_ptr<int64_t>();
-  const int64_t* end = at + identity.numel();
-  std::vector<int64_t> odd;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const std::optional<at::Tensor> t = tensors.get(i);
-    // The rank says how many numbers follow: read no further than they go.
-    if (!t.has_value() || end - at < 4 + 2 * t->dim() || *at != t->dim()) return {-1};
-    bool same = true;
-    numbers_of(*t, [&](int64_t number) { same = same && *at++ == number; });
-    if (!same) return {-1};
-    const std::optional<at::Tensor> g = i < grads.size() ? grads.get(i) : std::nullopt;
-    if (!g.has_value()) continue;
-    if (g->layout() != at::kStrided || g->scalar_type() != t->scalar_type() ||
-        g->device() != t->device() || g->sizes() != t->sizes() ||
-        g->key_set().has(c10::DispatchKey::Python))
-      return {-1};
-    if (g->strides() != t->strides() || g->is_neg() || g->is_conj())
-      odd.push_back(static_cast<int64_t>(i));
-  }
-  if (at != end) return {-1};
-  return odd;
+int64_t address_of(const dlpack::Tensor& t) {
+  return reinterpret_cast<int64_t>(t.data) + static_cast<int64_t>(t.byte_offset);
 }
+
+bool is_same(const int64_t* a, const int64_t* b, int32_t n) {
+  return std::memcmp(a, b, static_cast<size_t>(n) * sizeof(int64_t)) == 0;
+}
+
+// Whether all but addresses and strides are the same.
+bool is_like(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+  return a.dtype == b.dtype && a.device_type == b.device_type && a.device_index == b.device_index &&
+         a.dim == b.dim && is_same(a.sizes, b.sizes, a.dim);
+}
+
+// Whether operations on it are not torch's own: then its data is not all that it is.
+bool is_foreign(PyObject* tensor) {
+  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  if (type == torch().tensor || type == torch().parameter) return false;
+  return attribute(type, "__torch_dispatch__").get() != torch().dispatch;
+}
+
+// Calls put with a tensor's rank, address, dtype, device, sizes and strides, one after the other.
+template <class Put>
+void numbers_of(const dlpack::Tensor& t, Put put) {
+  put(t.dim);
+  put(address_of(t));
+  put(t.dtype);
+  put(static_cast<int64_t>(t.device_type) << 32 | static_cast<uint32_t>(t.device_index));
+  for (int32_t d = 0; d < t.dim; ++d) put(t.sizes[d]);
+  for (int32_t d = 0; d < t.dim; ++d) put(t.strides[d]);
+}
+
+// The numbers of a call before, one after the other; they may be anything.
+class Known {
+ public:
+  explicit Known(std::string_view bytes) : rest_(bytes) {}
+  bool is_at_end() const { return rest_.empty(); }
+  bool has(int64_t n) const { return rest_.size() >= static_cast<size_t>(n) * sizeof(int64_t); }
+  int64_t next() {
+    int64_t number;
+    std::memcpy(&number, rest_.data(), sizeof number);
+    rest_.remove_prefix(sizeof number);
+    return number;
+  }
+
+ private:
+  std::string_view rest_;
+};
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(lion_kernels, m) {
-  m.def("_odd_gradients(Tensor identity, Tensor?[] tensors, Tensor?[] grads) -> int[]");
-  m.def("_identity(Tensor?[] fixed, Tensor?[] grads) -> Tensor");
+Identity identity(PyObject* fixed, PyObject* grads) {
+  const Items all_fixed(fixed), all_grads(grads);
+  Identity out;
+  out.addresses.reserve(all_grads.size());
+  out.numbers.reserve(8 * (all_fixed.size() + all_grads.size()));
+  const auto put = [&](int64_t number) { out.numbers.push_back(number); };
+  for (size_t i = 0; i < all_fixed.size(); ++i)
+    all_fixed[i] == nullptr ? put(-1) : numbers_of(describe(all_fixed[i]), put);
+  for (size_t i = 0; i < all_grads.size(); ++i) {
+    const size_t at = out.numbers.size();
+    if (all_grads[i] == nullptr) {
+      out.addresses.push_back(0);
+      put(-1);
+    } else {
+      const dlpack::Tensor grad = describe(all_grads[i]);
+      out.addresses.push_back(address_of(grad));
+      numbers_of(grad, put);
+      out.numbers[at + 1] %= kAlignment;
+    }
+  }
+  return out;
 }
-TORCH_LIBRARY_IMPL(lion_kernels, CompositeExplicitAutograd, m) {
-  m.impl("_identity", identity);
-  m.impl("_odd_gradients", odd_gradients);
+
+std::vector<int64_t> odd_gradients(std::string_view known, PyObject* tensors, PyObject* grads) {
+  const Items all_tensors(tensors), all_grads(grads);
+  Known rest(known);
+  std::vector<int64_t> odd;
+  for (size_t i = 0; i < all_tensors.size(); ++i) {
+    if (all_tensors[i] == nullptr) return {-1};
+    const dlpack::Tensor t = describe(all_tensors[i]);
+    if (!rest.has(4 + 2 * t.dim)) return {-1};
+    bool same = true;
+    // The rank comes first, and says how many numbers follow.
+    numbers_of(t, [&](int64_t number) { same = same && rest.next() == number; });
+    if (!same) return {-1};
+    PyObject* grad = i < all_grads.size() ? all_grads[i] : nullptr;
+    if (grad == nullptr) continue;
+    if (is_foreign(grad)) return {-1};
+    const dlpack::Tensor g = describe(grad);
+    if (!is_like(g, t)) return {-1};
+    if (!is_same(g.strides, t.strides, t.dim)) odd.push_back(static_cast<int64_t>(i));
+  }
+  if (!rest.is_at_end()) return {-1};
+  return odd;
 }
 
 }  // namespace lion

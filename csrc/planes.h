@@ -2,21 +2,20 @@
 // tensors in, for tally and elect a plain task out.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 
+#include "stable/tensor.h"
 #include "tally_run.h"
 
 namespace lion {
 
 // Raises unless `planes` is int32 of so many dimensions with unit stride in the last one.
-void check_planes(const at::Tensor& planes, const char* name, int64_t dims);
+void check_planes(const Tensor& planes, const char* name, int64_t dims);
 
 // Raise ValueError unless the arguments are those of the op. They read no tensor: the caller
 // checks devices, and derives the coin key from the step.
-TallyRun check_tally(const at::Tensor& ballots, const at::Tensor& tally, int64_t scale);
-TallyRun check_elect(const at::Tensor& ballots, const at::Tensor& verdict, int64_t scale,
+TallyRun check_tally(const Tensor& ballots, const Tensor& tally, int64_t scale);
+TallyRun check_elect(const Tensor& ballots, const Tensor& verdict, int64_t scale,
                      int64_t first_word);
 
 }  // namespace lion

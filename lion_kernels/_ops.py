@@ -9,7 +9,7 @@ has the formulas.
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -135,8 +135,7 @@ def _check_rounding(
         rounding != "stochastic" or step is not None,
         "stochastic rounding needs step, the counter of its random bits",
     )
-    if step is not None:
-        check_one(step, "step")
+    _check_counter(step, "step")
 
 
 def _check_agreeing(agreeing: Tensor, n_tensors: int) -> None:
@@ -158,9 +157,28 @@ def _check_ballots(ballots: Tensor, out: Tensor, name: str, scale: int) -> None:
     )
 
 
+def _check_counter(tensor: Tensor | None, name: str) -> None:
+    if tensor is not None:
+        check_one(tensor, name)
+        _rule(tensor.dtype == torch.int64, f"{name} must be int64, got {tensor.dtype}")
+
+
 _P = ParamSpec("_P")
+NAMESPACE = "lion_kernels"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 SCHEMAS: dict[str, str] = {}
 CHECKS: dict[str, Callable[..., None]] = {}
+
+
+# An op, and where it writes parameters, what raises their version counters, so that a backward pass
+# over a graph that saved the old values raises, as after a step of torch.optim. All else that ops
+# write is the optimizers' own, and in no graph. Traced code raises them when it runs.
+_CALL = """
+def call({names}):
+    packet({names})
+    {then}
+"""
+_RAISE_VERSIONS = "is_tracing() or increment_version(params)"
 
 
 def op(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]]:
@@ -174,15 +192,41 @@ def op(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]]:
     def declare(check: Callable[_P, None]) -> Callable[_P, None]:
         name, names = check.__name__, ", ".join(inspect.signature(check).parameters)
         SCHEMAS[name], CHECKS[name] = schema, check
-        torch.library.define(f"lion_kernels::{name}", schema)
+        _library.define(name + schema)
         # The ops return nothing: a fake only has to refuse what the kernels refuse.
-        torch.library.register_fake(f"lion_kernels::{name}")(check)
-        packet = getattr(torch.ops.lion_kernels, name)
-        call = eval(f"lambda {names}: packet({names})", {"packet": packet})
+        torch.library.register_fake(f"{NAMESPACE}::{name}")(check)
+        packet = getattr(getattr(torch.ops, NAMESPACE), name)
+        _library.impl(name, functools.partial(_resolve_negatives, packet), "Negative")
+        scope: dict[str, Any] = {
+            "packet": packet,
+            # torch.autograd.graph has it behind a test of types that takes 0.4 us.
+            "increment_version": torch._C._increment_version,
+            "is_tracing": torch.compiler.is_dynamo_compiling,
+        }
+        then = _RAISE_VERSIONS if "params" in names.split(", ") else ""
+        exec(_CALL.format(names=names, then=then), scope)
+        call = scope["call"]
         call.__defaults__ = check.__defaults__
         return functools.wraps(check)(call)
 
     return declare
+
+
+def _resolve_negatives(packet: Any, *args: Any) -> None:
+    """An op where any tensor is a negative view, whose storage holds other values."""
+    CHECKS[packet.__name__](*args)
+    resolved = []
+    for argument, value in zip(packet.default._schema.arguments, args, strict=False):
+        tensors = value if isinstance(value, (list, tuple)) else [value]
+        negative = [isinstance(t, Tensor) and t.is_neg() for t in tensors]
+        is_written = argument.alias_info is not None and argument.alias_info.is_write
+        _rule(
+            not (is_written and any(negative)),
+            f"{argument.name} is written, and must hold no negative view",
+        )
+        tensors = [t.resolve_neg() if n else t for t, n in zip(tensors, negative, strict=True)]
+        resolved.append(tensors if isinstance(value, (list, tuple)) else tensors[0])
+    packet(*resolved)
 
 
 def checked(computes: Callable[_P, None]) -> Callable[_P, None]:
@@ -253,6 +297,7 @@ def lion_step(
     for i, (g, p) in enumerate(zip(grads, params, strict=True)):
         _rule(g.dtype == p.dtype, f"grads[{i}] must be {p.dtype}, got {g.dtype}")
     check_one(lr, "lr")
+    _check_counter(nonfinite, "nonfinite")
     _check_amp(grad_scale, found_inf)
     _check_rounding(rounding, lows, params, step)
     if agreeing is not None:
@@ -326,7 +371,8 @@ def encode(
         f"flags must have a row for each of {ballot.shape[0]} shards, got {flags.shape[0]}",
     )
     _check_flags(flags, "flags", len(exp_avgs))
-    check_one(step, "step")
+    _check_counter(step, "step")
+    _check_counter(nonfinite, "nonfinite")
     _check_amp(grad_scale, found_inf)
 
 
@@ -354,7 +400,7 @@ def elect(
         "verdict must have 1 plane, or 2 where scale is even; "
         f"got {verdict.shape[0]} for scale {scale}",
     )
-    check_one(step, "step")
+    _check_counter(step, "step")
 
 
 @op(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels import states
+from lion_kernels import native, states
 from lion_kernels.dense import is_dense
 from lion_kernels.options import Settings
 from lion_kernels.shards import is_distributed, local, local_like
@@ -165,7 +165,7 @@ class Plan:
             and rest.lows is None
             and not (doubles or self._always_odd or self._are_sharded)
         )
-        self._identity = torch.ops.lion_kernels._identity(self._everything(), [])
+        self._identity = native.identity(self._everything(), [])[1]
 
     def _everything(self) -> list[Tensor]:
         """The members and what is kept for them, of DTensors what lies here."""
@@ -194,9 +194,7 @@ class Plan:
                 return False
             self._grads = [None if g is None else local_like(g, p) for g, p in pairs]
         try:
-            self._odd = torch.ops.lion_kernels._odd_gradients(
-                self._identity, self._everything(), self._grads
-            )
+            self._odd = native.odd_gradients(self._identity, self._everything(), self._grads)
         except (KeyError, RuntimeError, TypeError):  # what is kept is gone, or is no tensor
             return False
         return self._odd != [-1]

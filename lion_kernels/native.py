@@ -1,14 +1,17 @@
-"""What was built: the compiled library, loaded, described, and missed by name; and the kernels of a
-device, which are asked for without importing them.
+"""What was built: the compiled libraries, loaded, described, and missed by name; and the kernels of
+a device, which are asked for without importing them.
 """
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+OLDEST_TORCH = (2, 11)
 
 _C: Any = None
 _load_error: ImportError | None = None
@@ -16,6 +19,12 @@ try:
     _C = importlib.import_module("lion_kernels._C")
 except ImportError as error:
     _load_error = error
+
+# What counts votes on GPUs; another torch has no tensors that could reach it.
+_CUDA = Path(__file__).parent / "_cuda.so"
+has_cuda = _C is not None and torch.version.cuda is not None and _CUDA.is_file()
+if has_cuda:
+    torch.ops.load_library(_CUDA)
 
 
 def _hidden_package() -> Path | None:
@@ -28,7 +37,10 @@ def _hidden_package() -> Path | None:
 
 
 def require() -> None:
-    """Raise RuntimeError unless the compiled library is loaded and fits this torch."""
+    """Raise RuntimeError unless the compiled library is loaded."""
+    version = torch.__version__.split("+")[0]
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
+        raise RuntimeError(f"lion_kernels needs torch >= 2.11, got {version}")
     if _C is None and (hidden := _hidden_package()) is not None:
         raise RuntimeError(
             f"the folder {Path(__file__).parent.parent} hides the lion_kernels that is installed "
@@ -39,18 +51,31 @@ def require() -> None:
             "lion_kernels was not built for this Python: run "
             f"`pip install --no-build-isolation .` in its source ({_load_error})"
         )
-    built, running = _C.build_info()["torch"], torch.__version__.split("+")[0]
-    if built != running:
-        raise RuntimeError(
-            f"lion_kernels was built for torch {built}, got {running}: build it again"
-        )
 
 
 def build_info() -> dict[str, object]:
-    """How the compiled library was built: version, torch, CUDA and its architectures, SIMD level
-    in use, SIMD levels of this machine, bits per word."""
+    """How the compiled library was built: version, whether with CUDA and for which architectures,
+    SIMD level in use, SIMD levels of this machine, bits per word."""
     require()
-    return dict(_C.build_info())
+    return {**_C.build_info(), "cuda": has_cuda}
+
+
+def identity(
+    fixed: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> tuple[bytes, bytes]:
+    """The addresses of ``grads`` as int64, 0 for None; and what tells these tensors from others,
+    wherever the gradients lie: see csrc/identity.h."""
+    addresses, numbers = _C.identity(fixed, grads)
+    return addresses, numbers
+
+
+def odd_gradients(
+    identity: bytes, tensors: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> list[int]:
+    """Which gradients are not in the layout of their parameters, the first of ``tensors``; [-1]
+    where these are no longer what ``identity`` says, or a gradient does not fit."""
+    found: list[int] = _C.odd_gradients(identity, tensors, grads)
+    return found
 
 
 # By device type: what raises, given ``vote``, where its back end lacks something. Back ends put it

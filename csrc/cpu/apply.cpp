@@ -1,25 +1,22 @@
 // apply over lists of CPU tensors: one parallel region a call.
-#include <ATen/core/List.h>
-#include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
-#include <torch/library.h>
-
 #include <cstdint>
-#include <optional>
+#include <string>
 #include <vector>
 
 #include "bitplanes.h"
 #include "cpu/checks.h"
 #include "cpu/lists.h"
+#include "cpu/ops.h"
 #include "cpu/scalars.h"
 #include "planes.h"
 #include "simd/levels.h"
+#include "stable/errors.h"
 
 namespace lion {
 namespace {
 
 // The presence flags that any rank set.
-std::vector<uint32_t> flags_of_any(const at::Tensor& presence) {
+std::vector<uint32_t> flags_of_any(const Tensor& presence) {
   std::vector<uint32_t> any(static_cast<size_t>(presence.size(1)), 0u);
   const int32_t* flags = presence.const_data_ptr<int32_t>();
   for (int64_t r = 0; r < presence.size(0); ++r, flags += presence.stride(0))
@@ -27,29 +24,31 @@ std::vector<uint32_t> flags_of_any(const at::Tensor& presence) {
   return any;
 }
 
-void apply(const MaybeTensors& params, const at::Tensor& verdict, const at::Tensor& presence,
-           int64_t scale, const at::Tensor& lr, double weight_decay, const at::Tensor& step,
-           const std::optional<at::Tensor>& found_inf, c10::string_view rounding_name,
-           const OptionalTensors& lows, int64_t seed, bool cautious_decay) {
-  const Rounding rounding = check_rounding(rounding_name, lows, params.size(), step);
+}  // namespace
+
+void cpu::apply(const MaybeTensors& params, const Tensor& verdict, const Tensor& presence,
+                int64_t scale, const Tensor& lr, double weight_decay, const Tensor& step,
+                const OptionalTensor& found_inf, const std::string& rounding_name,
+                const OptionalTensors& lows, int64_t seed, bool cautious_decay) {
+  const int64_t count = count_of(step, "step");
+  const Rounding rounding = check_rounding(rounding_name, lows, params.size(), count);
   check_planes(verdict, "verdict", 3);
   check_planes(presence, "presence", 2);
-  TORCH_CHECK_VALUE(verdict.size(1) >= 1 && verdict.size(1) <= kMaxPlanes,
-                    "verdict must have 1 to ", kMaxPlanes, " planes, got ", verdict.size(1));
-  TORCH_CHECK_VALUE(scale >= 1, "scale must be at least 1, got ", scale);
+  LION_CHECK(verdict.size(1) >= 1 && verdict.size(1) <= kMaxPlanes, "verdict must have 1 to ",
+             kMaxPlanes, " planes, got ", verdict.size(1));
+  LION_CHECK(scale >= 1, "scale must be at least 1, got ", scale);
   check_flags(presence, "presence", params.size());
   const std::vector<uint32_t> present = flags_of_any(presence);
   Lists lists(params.size(), nullptr, rounding, &lows);
   for (size_t i = 0; i < params.size(); ++i) {
-    const at::Tensor p = present_in(params, "params", i);
+    const Tensor& p = present_in(params, "params", i);
     Item& item = lists.append({&p, nullptr, nullptr}, p);
     if (((present[i / kBitsPerWord] >> (i % kBitsPerWord)) & 1u) == 0) item.data = nullptr;
   }
   check_room(lists.n_words(), verdict, "verdict");
 
   const double lr_value = scalar_value(lr, "lr");
-  TORCH_CHECK_VALUE(step.numel() == 1, "step must have one element, got shape ", step.sizes());
-  const uint64_t key = rounding_key(rounding, seed, step);
+  const uint64_t key = rounding_key(rounding, seed, count);
   if (is_set(found_inf)) return;
   const auto* words = reinterpret_cast<const uint32_t*>(verdict.const_data_ptr<int32_t>());
   VerdictRun shape{nullptr,
@@ -72,11 +71,7 @@ void apply(const MaybeTensors& params, const at::Tensor& verdict, const at::Tens
                                                RoundingRun{key, static_cast<uint64_t>(first_word)});
                          });
   });
-  step.add_(1);
+  count_up(step, 1);
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(lion_kernels, CPU, m) { m.impl("apply", apply); }
 
 }  // namespace lion

@@ -1,30 +1,29 @@
 // The argument checks that the CPU ops over lists share. All of them raise ValueError.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstddef>
 #include <cstdint>
 
 #include "simd/interface.h"
+#include "stable/tensor.h"
 
 namespace lion {
 
 // The kernel dtype of a tensor; raises where the storage type is not supported.
-DType dtype_of(const at::Tensor& tensor, const char* list, int64_t index);
+DType dtype_of(const Tensor& tensor, const char* list, int64_t index);
 // The same of a momentum, which may be int8.
-DType momentum_dtype_of(const at::Tensor& exp_avg, int64_t index);
+DType momentum_dtype_of(const Tensor& exp_avg, int64_t index);
 
 // Raises unless `tensor` occupies one gapless run of storage and, where `like` is given, has its
 // shape and strides: then element i of the storage means the same element in both.
-void check_dense(const at::Tensor& tensor, const char* list, int64_t index,
-                 const at::Tensor* like = nullptr);
+void check_dense(const Tensor& tensor, const char* list, int64_t index,
+                 const Tensor* like = nullptr);
 
 // Raises unless there is a bit for each tensor.
-void check_flags(const at::Tensor& flags, const char* name, size_t n_tensors);
+void check_flags(const Tensor& flags, const char* name, size_t n_tensors);
 // Raises unless the shards of a ballot or verdict hold so many words.
-void check_room(int64_t n_words, const at::Tensor& planes, const char* name);
+void check_room(int64_t n_words, const Tensor& planes, const char* name);
 // Raises unless there is an int64 for each tensor.
-void check_agreeing(const at::Tensor& agreeing, size_t n_tensors);
+void check_agreeing(const Tensor& agreeing, size_t n_tensors);
 
 }  // namespace lion

@@ -1,24 +1,20 @@
 // encode over lists of CPU tensors: one parallel region a call, then flags and padding.
-#include <ATen/core/List.h>
-#include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <optional>
 #include <vector>
 
 #include "bitplanes.h"
 #include "coin.h"
 #include "cpu/checks.h"
 #include "cpu/lists.h"
+#include "cpu/ops.h"
 #include "cpu/scalars.h"
 #include "cpu/words.h"
 #include "planes.h"
 #include "simd/levels.h"
+#include "stable/errors.h"
 
 namespace lion {
 namespace {
@@ -37,33 +33,35 @@ void abstain(int64_t count, const BallotRun& run) {
   }
 }
 
-void encode(const MaybeTensors& grads, const Tensors& exp_avgs, const at::Tensor& ballot,
-            const at::Tensor& flags, double beta1, double beta2, bool maximize, int64_t seed,
-            int64_t rank, const at::Tensor& step, const at::Tensor& nonfinite,
-            const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf,
-            bool cautious, const OptionalTensors& block_scales) {
-  TORCH_CHECK_VALUE(grads.size() == exp_avgs.size(),
-                    "grads and exp_avgs must have equal lengths, got ", grads.size(), " and ",
-                    exp_avgs.size());
+}  // namespace
+
+void cpu::encode(const MaybeTensors& grads, const Tensors& exp_avgs, const Tensor& ballot,
+                 const Tensor& flags, double beta1, double beta2, bool maximize, int64_t seed,
+                 int64_t rank, const Tensor& step, const Tensor& nonfinite,
+                 const OptionalTensor& grad_scale, const OptionalTensor& found_inf, bool cautious,
+                 const OptionalTensors& block_scales) {
+  LION_CHECK(grads.size() == exp_avgs.size(), "grads and exp_avgs must have equal lengths, got ",
+             grads.size(), " and ", exp_avgs.size());
   check_planes(ballot, "ballot", 3);
-  TORCH_CHECK_VALUE(ballot.size(1) == 1 || ballot.size(1) == 2,
-                    "ballot must have 1 plane (binary) or 2 (ternary), got ", ballot.size(1));
+  LION_CHECK(ballot.size(1) == 1 || ballot.size(1) == 2,
+             "ballot must have 1 plane (binary) or 2 (ternary), got ", ballot.size(1));
   Lists lists(exp_avgs.size(), &block_scales);
   std::vector<uint32_t> present(static_cast<size_t>(words_of(exp_avgs.size())), 0u);
   for (size_t i = 0; i < exp_avgs.size(); ++i) {
-    const std::optional<at::Tensor> g = grads.get(i);
-    const at::Tensor& m = exp_avgs[i];
+    const OptionalTensor& g = grads[i];
+    const Tensor& m = exp_avgs[i];
     lists.append({nullptr, g.has_value() ? &*g : nullptr, &m}, m);
     if (g.has_value()) present[i / kBitsPerWord] |= 1u << (i % kBitsPerWord);
   }
   check_room(lists.n_words(), ballot, "ballot");
   check_planes(flags, "flags", 2);
-  TORCH_CHECK_VALUE(flags.size(0) == ballot.size(0), "flags must have a row for each of ",
-                    ballot.size(0), " shards, got ", flags.size(0));
+  LION_CHECK(flags.size(0) == ballot.size(0), "flags must have a row for each of ", ballot.size(0),
+             " shards, got ", flags.size(0));
   check_flags(flags, "flags", exp_avgs.size());
 
   const bool ternary = ballot.size(1) == 2;
-  const uint64_t key = coin_key(seed, rank, static_cast<int64_t>(scalar_value(step, "step")));
+  const uint64_t key = coin_key(seed, rank, count_of(step, "step"));
+  count_of(nonfinite, "nonfinite");
   const LionScalars scalars = scalars_of(beta1, beta2, 0.0, 0.0, maximize, grad_scale);
   if (is_set(found_inf)) return;
   auto* words = reinterpret_cast<uint32_t*>(ballot.data_ptr<int32_t>());
@@ -107,11 +105,7 @@ void encode(const MaybeTensors& grads, const Tensors& exp_avgs, const at::Tensor
   for (int64_t shard = 0; shard < flags.size(0); ++shard)
     std::memcpy(flags.data_ptr<int32_t>() + shard * flags.stride(0), present.data(),
                 present.size() * sizeof(uint32_t));
-  if (skipped != 0) nonfinite.add_(skipped.load());
+  if (skipped != 0) count_up(nonfinite, skipped);
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(lion_kernels, CPU, m) { m.impl("encode", encode); }
 
 }  // namespace lion

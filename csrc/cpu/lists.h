@@ -1,8 +1,6 @@
 // The lists of a call, as the CPU ops walk them: one item an index, checked once, in word space.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -11,12 +9,13 @@
 #include "cpu/scalars.h"
 #include "cpu/words.h"
 #include "simd/interface.h"
+#include "stable/boxed.h"
 
 namespace lion {
 
 // What the lists hold at one index. Null: the op has no such list, or there is no gradient.
 struct Entry {
-  const at::Tensor *param, *grad, *exp_avg;
+  const Tensor *param, *grad, *exp_avg;
 };
 
 // An entry as the kernels take it.
@@ -30,9 +29,8 @@ struct Item {
   float* block_scales;  // of an int8 momentum
 };
 
-// A tensor of a list of optional ones, which PyTorch hands over as they are; raises ValueError
-// where it is missing, or the negative of its storage.
-at::Tensor present_in(const MaybeTensors& tensors, const char* name, size_t i);
+// A tensor of a list of optional ones; raises ValueError where it is missing.
+const Tensor& present_in(const MaybeTensors& tensors, const char* name, size_t i);
 
 class Lists {
  public:
@@ -43,7 +41,7 @@ class Lists {
 
   // Lays the entry behind the others. Raises ValueError unless all of it lies on the device and in
   // the memory layout of `like`, which is one of its tensors.
-  Item& append(const Entry& entry, const at::Tensor& like);
+  Item& append(const Entry& entry, const Tensor& like);
 
   size_t size() const { return items_.size(); }
   int64_t n_words() const { return space_.n_words(); }

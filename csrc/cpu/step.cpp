@@ -1,31 +1,27 @@
 // lion_step and count_agreeing over lists of CPU tensors: one parallel region a call.
-#include <ATen/core/List.h>
-#include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
-#include <torch/library.h>
-
 #include <atomic>
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "cpu/checks.h"
 #include "cpu/lists.h"
+#include "cpu/ops.h"
 #include "cpu/scalars.h"
 #include "simd/levels.h"
+#include "stable/errors.h"
 
 namespace lion {
-namespace {
 
-void count_agreeing(const Tensors& grads, const Tensors& exp_avgs, const at::Tensor& agreeing,
-                    double beta1, bool maximize, const std::optional<at::Tensor>& grad_scale,
-                    const OptionalTensors& block_scales) {
-  TORCH_CHECK_VALUE(grads.size() == exp_avgs.size(),
-                    "grads and exp_avgs must have equal lengths, got ", grads.size(), " and ",
-                    exp_avgs.size());
+void cpu::count_agreeing(const Tensors& grads, const Tensors& exp_avgs, const Tensor& agreeing,
+                         double beta1, bool maximize, const OptionalTensor& grad_scale,
+                         const OptionalTensors& block_scales) {
+  LION_CHECK(grads.size() == exp_avgs.size(), "grads and exp_avgs must have equal lengths, got ",
+             grads.size(), " and ", exp_avgs.size());
   Lists lists(grads.size(), &block_scales);
   for (size_t i = 0; i < grads.size(); ++i) {
-    const at::Tensor &g = grads[i], &m = exp_avgs[i];
+    const Tensor &g = grads[i], &m = exp_avgs[i];
     lists.append({nullptr, &g, &m}, g);
   }
   check_agreeing(agreeing, lists.size());
@@ -42,8 +38,10 @@ void count_agreeing(const Tensors& grads, const Tensors& exp_avgs, const at::Ten
   for (size_t t = 0; t < lists.size(); ++t) agreeing.data_ptr<int64_t>()[t] += counts[t];
 }
 
+namespace {
+
 // What cautious updates are multiplied by: elements over those that agree (and one).
-float rescale_of(const std::optional<at::Tensor>& agreeing, size_t t, int64_t numel) {
+float rescale_of(const OptionalTensor& agreeing, size_t t, int64_t numel) {
   if (!agreeing.has_value()) return 1.0f;
   const int64_t count = agreeing->const_data_ptr<int64_t>()[t];
   return static_cast<float>(numel) / static_cast<float>(count + 1);
@@ -51,36 +49,40 @@ float rescale_of(const std::optional<at::Tensor>& agreeing, size_t t, int64_t nu
 
 // Raises unless item i has the dtypes of the first.
 void check_uniform(const Lists& lists, size_t i) {
-  TORCH_CHECK_VALUE(lists[i].dtype == lists[0].dtype, "params[", i,
-                    "] must be of the first one's dtype");
-  TORCH_CHECK_VALUE(lists[i].exp_avg_dtype == lists[0].exp_avg_dtype, "exp_avgs[", i,
-                    "] must be of the first one's dtype");
+  LION_CHECK(lists[i].dtype == lists[0].dtype, "params[", i, "] must be of the first one's dtype");
+  LION_CHECK(lists[i].exp_avg_dtype == lists[0].exp_avg_dtype, "exp_avgs[", i,
+             "] must be of the first one's dtype");
 }
 
-void lion_step(const MaybeTensors& params, const Tensors& grads, const Tensors& exp_avgs,
-               const at::Tensor& lr, double beta1, double beta2, double weight_decay, bool maximize,
-               const std::optional<at::Tensor>& nonfinite,
-               const std::optional<at::Tensor>& grad_scale,
-               const std::optional<at::Tensor>& found_inf, c10::string_view rounding_name,
-               const OptionalTensors& lows, int64_t seed, const std::optional<at::Tensor>& step,
-               bool cautious, bool cautious_decay, const OptionalTensors& block_scales,
-               const std::optional<at::Tensor>& agreeing, bool uniform) {
-  const Rounding rounding = check_rounding(rounding_name, lows, params.size(), step);
-  TORCH_CHECK_VALUE(params.size() == grads.size() && params.size() == exp_avgs.size(),
-                    "params, grads and exp_avgs must have equal lengths, got ", params.size(), ", ",
-                    grads.size(), " and ", exp_avgs.size());
+}  // namespace
+
+void cpu::lion_step(const MaybeTensors& params, const Tensors& grads, const Tensors& exp_avgs,
+                    const Tensor& lr, double beta1, double beta2, double weight_decay,
+                    bool maximize, const OptionalTensor& nonfinite,
+                    const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                    const std::string& rounding_name, const OptionalTensors& lows, int64_t seed,
+                    const OptionalTensor& step, bool cautious, bool cautious_decay,
+                    const OptionalTensors& block_scales, const OptionalTensor& agreeing,
+                    bool uniform) {
+  std::optional<int64_t> count;
+  if (step.has_value()) count = count_of(*step, "step");
+  if (nonfinite.has_value()) count_of(*nonfinite, "nonfinite");
+  const Rounding rounding = check_rounding(rounding_name, lows, params.size(), count);
+  LION_CHECK(params.size() == grads.size() && params.size() == exp_avgs.size(),
+             "params, grads and exp_avgs must have equal lengths, got ", params.size(), ", ",
+             grads.size(), " and ", exp_avgs.size());
   Lists lists(params.size(), &block_scales, rounding, &lows);
   for (size_t i = 0; i < params.size(); ++i) {
-    const at::Tensor p = present_in(params, "params", i);
-    const at::Tensor &g = grads[i], &m = exp_avgs[i];
+    const Tensor& p = present_in(params, "params", i);
+    const Tensor &g = grads[i], &m = exp_avgs[i];
     lists.append({&p, &g, &m}, p);
     if (uniform) check_uniform(lists, i);
   }
   if (agreeing.has_value()) {
-    TORCH_CHECK_VALUE(cautious, "agreeing rescales a cautious update, got cautious=False");
+    LION_CHECK(cautious, "agreeing rescales a cautious update, got cautious=False");
     check_agreeing(*agreeing, lists.size());
   }
-  const uint64_t key = rounding_key(rounding, seed, step);
+  const uint64_t key = rounding_key(rounding, seed, count);
   LionScalars scalars =
       scalars_of(beta1, beta2, scalar_value(lr, "lr"), weight_decay, maximize, grad_scale);
   scalars.skip_nonfinite = nonfinite.has_value();
@@ -103,15 +105,8 @@ void lion_step(const MaybeTensors& params, const Tensors& grads, const Tensors& 
       if (n != 0) skipped += n;
     });
   });
-  if (step.has_value()) step->add_(1);
-  if (nonfinite.has_value() && skipped != 0) nonfinite->add_(skipped.load());
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(lion_kernels, CPU, m) {
-  m.impl("lion_step", lion_step);
-  m.impl("count_agreeing", count_agreeing);
+  if (step.has_value()) count_up(*step, 1);
+  if (nonfinite.has_value() && skipped != 0) count_up(*nonfinite, skipped);
 }
 
 }  // namespace lion

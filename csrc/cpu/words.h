@@ -2,8 +2,6 @@
 // threads and pieces for the shards. Knows sizes, no tensors.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -11,6 +9,7 @@
 
 #include "bitplanes.h"
 #include "simd/interface.h"
+#include "stable/parallel.h"
 
 namespace lion {
 
@@ -41,7 +40,7 @@ struct WordSpace {
   // that no block lies across.
   template <class Visit>
   void for_each_run(const Visit& visit) const {
-    at::parallel_for(0, n_words(), kGrainWords, [&](int64_t from, int64_t to) {
+    parallel_for(n_words(), kGrainWords, [&](int64_t from, int64_t to) {
       int64_t begin = block_at(from);
       const int64_t end = block_at(to);
       if (begin >= end) return;

@@ -1,50 +1,68 @@
 // tally and elect on CUDA tensors: device checks, then a launch on the current stream. Nothing here
 // waits for the device. Not tally.cpp: its object file would be that of tally.cu.
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <stdexcept>
+#include <string>
 
 #include "coin.h"
 #include "cuda/tally.h"
+#include "namespace.h"
 #include "planes.h"
+#include "stable/boxed.h"
+#include "stable/errors.h"
 
 namespace lion {
 namespace {
 
 // The dispatcher comes here where any of the tensors is on CUDA.
-void check_devices(const at::Tensor& ballots, const at::Tensor& other, const char* name) {
-  TORCH_CHECK_VALUE(ballots.is_cuda(), "ballots must be on CUDA as ", name, " is, got ",
-                    ballots.device());
-  TORCH_CHECK_VALUE(other.device() == ballots.device(), name, " must be on ", ballots.device(),
-                    " as ballots are, got ", other.device());
+void check_devices(const Tensor& ballots, const Tensor& other, const char* name) {
+  LION_CHECK(ballots.device().is_cuda(), "ballots must be on CUDA as ", name, " is, got ",
+             ballots.device());
+  LION_CHECK(other.device() == ballots.device(), name, " must be on ", ballots.device(),
+             " as ballots are, got ", other.device());
 }
 
-void tally(const at::Tensor& ballots, const at::Tensor& tally, int64_t scale) {
+void check_cuda(cudaError_t status) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(status));
+}
+
+// Launches on the current stream of the device. This library has a CUDA runtime of its own, with a
+// current device of its own; contexts and streams are the driver's, and torch's.
+void launch(cudaError_t (*launcher)(const CudaTally&, cudaStream_t), const CudaTally& task,
+            int32_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_cuda(cudaSetDevice(device));
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  check_cuda(launcher(task, static_cast<cudaStream_t>(stream)));
+}
+
+void tally(const Tensor& ballots, const Tensor& tally, int64_t scale) {
   check_devices(ballots, tally, "tally");
   const CudaTally task{check_tally(ballots, tally, scale), tally.size(1), nullptr};
-  const c10::cuda::CUDAGuard guard(ballots.device());
-  C10_CUDA_CHECK(launch_tally(task, c10::cuda::getCurrentCUDAStream()));
+  launch(launch_tally, task, ballots.device().index);
 }
 
-void elect(const at::Tensor& ballots, const at::Tensor& verdict, int64_t scale, int64_t first_word,
-           int64_t seed, const at::Tensor& step) {
+void elect(const Tensor& ballots, const Tensor& verdict, int64_t scale, int64_t first_word,
+           int64_t seed, const Tensor& step) {
   check_devices(ballots, verdict, "verdict");
-  TORCH_CHECK_VALUE(step.scalar_type() == at::kLong && step.numel() == 1,
-                    "step must be one int64, got ", step.scalar_type(), " of shape ", step.sizes());
+  LION_CHECK(step.scalar_type() == dtypes::int64 && step.numel() == 1,
+             "step must be one int64, got ", step.scalar_type(), " of shape ", step.sizes());
   check_devices(ballots, step, "step");
   CudaTally task{check_elect(ballots, verdict, scale, first_word), verdict.size(1),
                  step.const_data_ptr<int64_t>()};
   task.run.coin_key = mix64(mix64(static_cast<uint64_t>(seed)) ^ static_cast<uint64_t>(kTieStream));
-  const c10::cuda::CUDAGuard guard(ballots.device());
-  C10_CUDA_CHECK(launch_elect(task, c10::cuda::getCurrentCUDAStream()));
+  launch(launch_elect, task, ballots.device().index);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(lion_kernels, CUDA, m) {
-  m.impl("tally", tally);
-  m.impl("elect", elect);
+STABLE_TORCH_LIBRARY_IMPL(LION_KERNELS_NAMESPACE, CUDA, m) {
+  m.impl("tally", boxed<tally>);
+  m.impl("elect", boxed<elect>);
 }
 
 }  // namespace lion

@@ -1,9 +1,9 @@
 #include "simd/levels.h"
 
-#include <c10/util/Exception.h>
-
 #include <atomic>
 #include <cstdlib>
+
+#include "stable/errors.h"
 
 namespace lion {
 namespace {
@@ -21,7 +21,7 @@ const SimdLevel* find(const std::string& name) {
     if (name == level->name) return level;
     known += (known.empty() ? "" : ", ") + std::string(level->name);
   }
-  TORCH_CHECK_VALUE(false, "SIMD level must be one of ", known, " on this machine, got ", name);
+  raise_value_error("SIMD level must be one of ", known, " on this machine, got ", name);
 }
 
 std::atomic<const SimdLevel*>& current() {

@@ -4,7 +4,7 @@
 // nearest even.
 #pragma once
 
-#include <c10/util/Half.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cmath>
 #include <cstdint>
@@ -232,7 +232,8 @@ inline Vec load(const F16* x) {
   HalfWords bits;
   std::memcpy(&bits, x, sizeof(bits));
   Vec out;
-  for (int k = 0; k < Vec::kLanes; ++k) out.v[k] = c10::detail::fp16_ieee_to_fp32_value(bits[k]);
+  for (int k = 0; k < Vec::kLanes; ++k)
+    out.v[k] = torch::headeronly::detail::fp16_ieee_to_fp32_value(bits[k]);
   return out;
 }
 inline Vec load(const int8_t* x) {
@@ -250,7 +251,8 @@ inline void store(BF16* x, Vec a) {
 }
 inline void store(F16* x, Vec a) {
   HalfWords bits;
-  for (int k = 0; k < Vec::kLanes; ++k) bits[k] = c10::detail::fp16_ieee_from_fp32_value(a.v[k]);
+  for (int k = 0; k < Vec::kLanes; ++k)
+    bits[k] = torch::headeronly::detail::fp16_ieee_from_fp32_value(a.v[k]);
   std::memcpy(x, &bits, sizeof(bits));
 }
 inline void store(int8_t* x, Vec a) {

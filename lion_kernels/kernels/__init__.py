@@ -30,7 +30,7 @@ def require(vote: bool) -> None:
     """Raise RuntimeError where the kernels for CUDA tensors are missing: Triton's, and, to count a
     vote, those of the CUDA build."""
     _launch()
-    if vote and not native.build_info()["cuda"]:
+    if vote and not native.has_cuda:
         raise RuntimeError(_NOT_BUILT)
 
 
@@ -55,6 +55,6 @@ def _not_built(*_: Any) -> None:
 native.REQUIRED["cuda"] = require
 for _name in TRITON_OPS:
     torch.library.impl(f"lion_kernels::{_name}", "CUDA")(_triton(_name))
-if native._C is None or not native._C.build_info()["cuda"]:
+if not native.has_cuda:
     for _name in CUDA_OPS:
         torch.library.impl(f"lion_kernels::{_name}", "CUDA")(_not_built)

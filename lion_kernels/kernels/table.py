@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lion_kernels import native
 from lion_kernels.capture import is_capturing
 from lion_kernels.kernels import bits
 from lion_kernels.layout import words_of
@@ -46,10 +47,11 @@ class Table:
         """On the device, in pinned memory and on the host."""
         return 3 * self.rows.nbytes + self.tile_rows.nbytes
 
-    def patch(self, addresses: Tensor) -> None:
+    def patch(self, addresses: bytes) -> None:
         """Point to the gradients at ``addresses``, one for each tensor of the list. What reads the
         table was queued on this stream before, or comes after."""
-        self.values[self.slots] = addresses[self.indices]
+        there = torch.frombuffer(bytearray(addresses), dtype=torch.int64)
+        self.values[self.slots] = there[self.indices]
         self.rows.copy_(_pinned(self.values, self.rows.device), non_blocking=True)
 
 
@@ -58,7 +60,7 @@ class Found:
     """The tables of a list, one a launch, and the addresses of the gradients that they point to."""
 
     tables: list[tuple[tuple[torch.dtype, ...], Table]]
-    addresses: Tensor
+    addresses: bytes
 
     @property
     def n_bytes(self) -> int:
@@ -143,13 +145,12 @@ def _build(rows: Sequence[Row], flags: Sequence[int], block: int, device: torch.
 
 def identity(
     grads: Sequence[Tensor | None] = (), *fixed: Sequence[Tensor | None]
-) -> tuple[Key, Tensor]:
+) -> tuple[Key, bytes]:
     """What a table and the checks of lists depend on: equal for lists that are the same, wherever
-    their gradients lie; and the addresses of the gradients."""
+    their gradients lie; and the addresses of the gradients, as int64."""
     together = [t for tensors in fixed for t in tensors]
-    numbers = torch.ops.lion_kernels._identity(together, grads)
-    n = len(grads)
-    return (*map(len, fixed), n, numbers[n:].numpy().tobytes()), numbers[:n]
+    addresses, numbers = native.identity(together, grads)
+    return (*map(len, fixed), len(grads), numbers), addresses
 
 
 def check_dense(
@@ -179,7 +180,7 @@ def check_dense(
 
 def tables(
     key: Key,
-    addresses: Tensor,
+    addresses: bytes,
     block: int,
     device: torch.device,
     launches: Callable[[], Launches],
@@ -203,7 +204,7 @@ def tables(
             found = _found[key] = build()
             _trim(_found)
         _found.move_to_end(key)
-        if not torch.equal(found.addresses, addresses):
+        if found.addresses != addresses:
             for _, table in found.tables:
                 table.patch(addresses)
             found.addresses = addresses
