@@ -7,6 +7,7 @@ either it is built where torch has CUDA and nvcc is there. TORCH_CUDA_ARCH_LIST 
 """
 
 import importlib.util
+import io
 import os
 import re
 import shlex
@@ -29,16 +30,16 @@ VERSION = re.search('= "(.+)"', (ROOT / "lion_kernels" / "_version.py").read_tex
 # The C functions of torch 2.11, and none that came later.
 OLDEST_TORCH, TARGET = (2, 11), "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # -ffp-contract=off: the kernels say themselves where a multiply and an add are fused.
-CXXFLAGS = (
-    "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra "
-    "-Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"
-).split()
+CXXFLAGS = [
+    "-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall",
+    "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized",
+]  # fmt: skip
 CXXFLAGS += os.environ.get("LION_KERNELS_CXXFLAGS", "").split()  # the last word, as -O1 -g
 # -lineinfo names source lines in profiles and changes no instruction.
-NVCCFLAGS = (
-    "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -Wno-deprecated-gpu-targets "
-    "-Werror=all-warnings"
-).split()
+NVCCFLAGS = [
+    "-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+    "-Wno-deprecated-gpu-targets", "-Werror=all-warnings",
+]  # fmt: skip
 
 
 def torch_folder() -> Path:
@@ -92,7 +93,7 @@ def architectures() -> str:
 
 def gencode(archs: str) -> list[str]:
     flags = []
-    for arch in archs.replace(" ", ";").split(";"):
+    for arch in filter(None, archs.replace(" ", ";").split(";")):
         number = arch.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
@@ -100,60 +101,64 @@ def gencode(archs: str) -> list[str]:
     return flags
 
 
+CUDA = "lion_kernels._cuda"
+
+
 class Ninja(build_ext):
     """Compiles what has changed, in parallel."""
 
     def build_extensions(self) -> None:
         import ninja
-        import pybind11
-        from ninja import ninja_syntax
 
-        torch, cxx = torch_folder(), os.environ.get("CXX", "c++")
+        cxx = os.environ.get("CXX", "c++")
         if shutil.which(cxx.split()[0]) is None:
             sys.exit(
                 f"lion_kernels needs a C++ compiler, and {cxx!r} is not there: install g++ or set "
                 "CXX"
             )
-        includes = [f"-I{CSRC}", f"-isystem{torch / 'include'}", TARGET]
-        python = [f"-isystem{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
-        archs = architectures() if len(self.extensions) > 1 else ""
-        about = [f'-DLION_KERNELS_VERSION="{VERSION}"', f'-DLION_KERNELS_CUDA_ARCHS="{archs}"']
-        link = [*shlex.split(os.environ.get("LDFLAGS", "")), f"-L{torch / 'lib'}"]
-        # No other file is asked of a machine's CUDA than its driver.
-        static = [f"-L{toolkit()}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "build.ninja").open("w") as file:
-            rules = ninja_syntax.Writer(file, width=1000)
-            for rule, command in (
-                ("cxx", [cxx, *CXXFLAGS, *includes, *python, *about, "-DUSE_CUDA"]),
-                ("nvcc", [f"{toolkit()}/bin/nvcc", *NVCCFLAGS, *includes, *gencode(archs or "8.0")]),
-            ):
-                line = f"{shlex.join(command)} $more -MD -MF $out.d -c $in -o $out"
-                rules.rule(rule, line, f"{rule} $in", "$out.d", deps="gcc")
-            rules.rule("link", f"{shlex.join([cxx, '-shared'])} $in -o $out {shlex.join(link)} $more")
-            for extension in self.extensions:
-                objects = []
-                for source in extension.sources:
-                    is_cu = source.endswith(".cu")
-                    rule = "nvcc" if is_cu else "cxx"
-                    objects += rules.build(str(folder / f"{source}.o"), rule, str(ROOT / source))
-                more = ["-Wl,--no-as-needed", *(f"-l{name}" for name in extension.libraries)]
-                more += static if extension.name == CUDA else []
-                rules.build(
-                    str(Path(self.get_ext_fullpath(extension.name)).resolve()), "link", objects,
-                    variables={"more": shlex.join(more)},
-                )  # fmt: skip
-        done = subprocess.run([Path(ninja.BIN_DIR) / "ninja", "--quiet", "-C", folder])
-        if done.returncode != 0:
+        (folder / "build.ninja").write_text(self.rules(cxx, folder))
+        command = [Path(ninja.BIN_DIR) / "ninja", "--quiet", "-C", folder]
+        if subprocess.run(command).returncode != 0:
             sys.exit("lion_kernels was not built: the compiler's messages stand above")
+
+    def rules(self, cxx: str, folder: Path) -> str:
+        import pybind11
+        from ninja.ninja_syntax import Writer
+
+        torch, cuda = torch_folder(), toolkit()
+        archs = architectures() if len(self.extensions) > 1 else ""
+        # USE_CUDA: with what only a torch with CUDA has.
+        common = [f"-I{CSRC}", f"-isystem{torch / 'include'}", TARGET, "-DUSE_CUDA"]
+        common += [f'-DLION_KERNELS_VERSION="{VERSION}"', f'-DLION_KERNELS_CUDA_ARCHS="{archs}"']
+        folders = sysconfig.get_paths()["include"], pybind11.get_include(), cuda / "include"
+        compile_cxx = [cxx, *CXXFLAGS, *common, *(f"-isystem{path}" for path in folders)]
+        compile_cu = [f"{cuda}/bin/nvcc", *NVCCFLAGS, *common, *gencode(archs)]
+        ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
+        link = [cxx, "-shared", *ldflags, f"-L{torch / 'lib'}", "-Wl,--no-as-needed"]
+        text = io.StringIO()
+        writer = Writer(text, width=10_000)
+        for rule, command in (("cxx", compile_cxx), ("nvcc", compile_cu)):
+            line = f"{shlex.join(command)} -MD -MF $out.d -c $in -o $out"
+            writer.rule(rule, line, f"{rule} $in", "$out.d", deps="gcc")
+        writer.rule("link", f"{shlex.join(link)} $in -o $out $libraries", "link $out")
+        for extension in self.extensions:
+            objects = []
+            for source in extension.sources:
+                rule = "nvcc" if source.endswith(".cu") else "cxx"
+                objects += writer.build(str(folder / f"{source}.o"), rule, str(ROOT / source))
+            libraries = [f"-l{name}" for name in extension.libraries]
+            if extension.name == CUDA:  # of a machine's CUDA, only the driver is asked for
+                libraries += [f"-L{cuda}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            library = Path(self.get_ext_fullpath(extension.name)).resolve()
+            given = {"libraries": shlex.join(libraries)}
+            writer.build(str(library), "link", objects, variables=given)
+        return text.getvalue()
 
     def get_ext_filename(self, name: str) -> str:
         """No suffix of a Python for what knows none."""
         return name.replace(".", "/") + ".so" if name == CUDA else super().get_ext_filename(name)
-
-
-CUDA = "lion_kernels._cuda"
 
 
 def extension(name: str, sources: set[Path], libraries: list[str]) -> Extension:

@@ -170,15 +170,15 @@ SCHEMAS: dict[str, str] = {}
 CHECKS: dict[str, Callable[..., None]] = {}
 
 
-# An op, and where it writes parameters, what raises their version counters, so that a backward pass
-# over a graph that saved the old values raises, as after a step of torch.optim. All else that ops
-# write is the optimizers' own, and in no graph. Traced code raises them when it runs.
+# An op, and what raises the version counters of what it has written, so that a backward pass over a
+# graph that saved the old values raises, as after a step of torch.optim. Traced code raises them
+# when it runs.
 _CALL = """
 def call({names}):
     packet({names})
-    {then}
+    if not is_tracing():
+        {raised}
 """
-_RAISE_VERSIONS = "is_tracing() or increment_version(params)"
 
 
 def op(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]]:
@@ -203,8 +203,8 @@ def op(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]]:
             "increment_version": torch._C._increment_version,
             "is_tracing": torch.compiler.is_dynamo_compiling,
         }
-        then = _RAISE_VERSIONS if "params" in names.split(", ") else ""
-        exec(_CALL.format(names=names, then=then), scope)
+        raised = "\n        ".join(map(_raising, written_by(packet)))
+        exec(_CALL.format(names=names, raised=raised), scope)
         call = scope["call"]
         call.__defaults__ = check.__defaults__
         return functools.wraps(check)(call)
@@ -212,16 +212,28 @@ def op(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]]:
     return declare
 
 
+def written_by(packet: Any) -> list[Any]:
+    """The arguments in the schema of an op that it writes."""
+    arguments = packet.default._schema.arguments
+    return [a for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def _raising(argument: Any) -> str:
+    kind, name = str(argument.type), argument.name
+    raising = f"increment_version({name if 'List' in kind else f'({name},)'})"
+    return f"if {name} is not None: {raising}" if kind.startswith("Optional") else raising
+
+
 def _resolve_negatives(packet: Any, *args: Any) -> None:
     """An op where any tensor is a negative view, whose storage holds other values."""
     CHECKS[packet.__name__](*args)
+    written = {argument.name for argument in written_by(packet)}
     resolved = []
     for argument, value in zip(packet.default._schema.arguments, args, strict=False):
         tensors = value if isinstance(value, (list, tuple)) else [value]
         negative = [isinstance(t, Tensor) and t.is_neg() for t in tensors]
-        is_written = argument.alias_info is not None and argument.alias_info.is_write
         _rule(
-            not (is_written and any(negative)),
+            argument.name not in written or not any(negative),
             f"{argument.name} is written, and must hold no negative view",
         )
         tensors = [t.resolve_neg() if n else t for t, n in zip(tensors, negative, strict=True)]

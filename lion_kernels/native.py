@@ -60,11 +60,9 @@ def build_info() -> dict[str, object]:
     return {**_C.build_info(), "cuda": has_cuda}
 
 
-def identity(
-    fixed: Sequence[Tensor | None], grads: Sequence[Tensor | None]
-) -> tuple[bytes, bytes]:
+def identity(fixed: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> tuple[bytes, bytes]:
     """The addresses of ``grads`` as int64, 0 for None; and what tells these tensors from others,
-    wherever the gradients lie: see csrc/identity.h."""
+    wherever the gradients lie: see csrc/identity.h. Raises RuntimeError where one has no data."""
     addresses, numbers = _C.identity(fixed, grads)
     return addresses, numbers
 

@@ -123,9 +123,18 @@ MUTANTS = [
      "        self._grads = self.__dict__.setdefault('_first', first)\n        if presume"),
     ("gradients of another memory layout", "lion_kernels/bucket.py",
      "in {*self._odd, *self._always_odd}:", "in self._always_odd:"),
-    ("versions stand", "csrc/versions.cpp", "unsafeGetTensorImpl()->bump_version()", "defined()"),
-    ("versions of lists stand", "csrc/versions.cpp",
-     "for (const c10::IValue& each : value.toListRef()) raise_version(each.toTensor());", ";"),
+    ("versions stand", "lion_kernels/_ops.py", "if not is_tracing():", "if False:"),
+    ("versions of lists stand", "lion_kernels/_ops.py",
+     "{name if 'List' in kind else f'({name},)'}", "{'()' if 'List' in kind else f'({name},)'}"),
+    ("negative views as they are stored", "lion_kernels/_ops.py", "t.resolve_neg() if n", "t if n"),
+    ("gaps pass for dense", "csrc/stable/tensor.cpp", "if (stride != wanted) return false;", ""),
+    ("arguments are kept", "csrc/stable/tensor.h",
+     "if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);", ""),
+    ("lists are kept", "csrc/stable/boxed.h",
+     "TORCH_ERROR_CODE_CHECK(torch_delete_list(list));", ""),
+    ("counters of any dtype", "csrc/cpu/scalars.cpp",
+     "counter.scalar_type() == dtypes::int64, name", "true, name"),
+    ("any identity fits", "csrc/identity.cpp", "if (!same) return {-1};", ""),
     ("gradients stay scaled", "lion_kernels/lion.py",
      "if scaling.grad_scale is not None:", "if False:"),
     ("windows do not overlap", "lion_kernels/dense.py", "if stride <= reach:", "if False:"),
@@ -150,8 +159,8 @@ MUTANTS = [
     ("maximize ignored", "lion_kernels/options.py", 'bool(group["maximize"])', "False"),
     ("every rank tosses one coin", "lion_kernels/vote/election.py",
      "rank=self.wire.rank", "rank=0"),
-    ("step counter stands", "csrc/cpu/apply.cpp", "step.add_(1);", ""),
-    ("one noise for every step", "csrc/cpu/step.cpp", "step->add_(1);", "(void)step;"),
+    ("step counter stands", "csrc/cpu/apply.cpp", "count_up(step, 1);", ""),
+    ("one noise for every step", "csrc/cpu/step.cpp", "count_up(*step, 1);", "(void)step;"),
     ("overflow moves the momentum", "csrc/cpu/step.cpp", "if (is_set(found_inf)) return;", ""),
     ("grad scale multiplies", "csrc/cpu/scalars.cpp",
      "(1.0 - beta1)) / scale", "(1.0 - beta1)) * scale"),
@@ -249,7 +258,7 @@ MUTANTS = [
      "row, start + i, left - i,", "row, start, left - i,"),
     ("maximize ignored", "lion_kernels/kernels/launch.py", "-1.0 if maximize", "1.0 if maximize"),
     ("a stale table", "csrc/identity.cpp",
-     "put(reinterpret_cast<int64_t>(tensor.const_data_ptr()))", "put(0)"),
+     "put(address_of(t));", "put(0);"),
     ("threshold off by one", "csrc/cuda/tally.cu", "run.scale / 2,", "run.scale / 2 + 1,"),
     ("rest of eight lost", "csrc/cuda/tally.cu", "if (r < n_left) load", "if (false) load"),
     ("tie coins forget the step", "csrc/cuda/tally.cu",
@@ -286,7 +295,7 @@ def is_compiled(file):
 
 def tests_of(file):
     """The tests that have to notice what is wrong with a file, and which of them."""
-    if file.startswith(("lion_kernels/kernels", "csrc/identity", "csrc/cuda")):
+    if file.startswith(("lion_kernels/kernels", "csrc/cuda")):
         return GPU, "GPU or gpu or every_kernel or test_launch"
     return (ROOMS if is_compiled(file) else USERS), "not compile"
 

@@ -252,9 +252,9 @@ def test_a_step_raises_versions():
     opt = Lion([p], **OPTIONS)
     p.grad = torch.ones_like(p)
     opt.step()
-    before = p._version
+    before = p._version, opt.state[p]["exp_avg"]._version
     opt.step()
-    assert p._version > before
+    assert p._version > before[0] and opt.state[p]["exp_avg"]._version > before[1]
 
 
 def test_capturing_before_the_first_step_is_refused():

@@ -40,18 +40,18 @@ def with_gradient(*shape, seed=0, dtype=torch.float32):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_step_raises_the_versions_of_parameters(dtype, options):
+def test_a_step_raises_versions(dtype, options):
     p = torch.nn.Parameter(torch.ones(40, dtype=dtype))
     opt = Lion([p], **OPTIONS, **options)
     (p * 2).sum().backward()
     opt.step()
     (p * 2).sum().backward()
-    before = p._version
+    before = [t._version for t in (p, *opt.state[p].values())]
     opt.step()
     opt.zero_grad()
     (p * 2).sum().backward()
     opt.step()
-    assert p._version > before
+    assert all(t._version > v for t, v in zip((p, *opt.state[p].values()), before, strict=True))
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -68,21 +68,36 @@ def test_a_second_backward_over_an_old_graph_raises(fused):
         out.pow(2).sum().backward()
 
 
-@pytest.mark.parametrize("name", _ops.SCHEMAS)
-def test_what_writes_parameters_raises_their_versions(name):
+def test_every_op_raises_the_versions_of_what_it_writes():
+    """From its schema: tensors and lists that are marked as written, and no others."""
+    words = torch.zeros(1, 1, 4, dtype=torch.int32)
     p, g, m = (torch.ones(32) for _ in range(3))
-    flags, words = torch.ones(1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, dtype=torch.int32)
-    step = torch.zeros(1, dtype=torch.int64)
+    lr, step, count = torch.tensor(0.1), torch.zeros(1, dtype=torch.int64), torch.zeros(1).long()
+    flags, out = torch.zeros(1, 4, dtype=torch.int32), torch.zeros(1, 4, dtype=torch.int32)
     calls = {
-        "lion_step": lambda: _ops.lion_step([p], [g], [m], torch.tensor(0.1), 0.9, 0.99, 0.1, False),
-        "apply": lambda: _ops.apply([p], words, flags, 1, torch.tensor(0.1), 0.1, step),
+        "lion_step": ([p], [g], [m], lr, 0.9, 0.99, 0.1, False, count),
+        "count_agreeing": ([g], [m], count, 0.9, False),
+        "encode": ([g], [m], words, flags, 0.9, 0.99, False, 0, 0, step, count),
+        "tally": (words, out, 1),
+        "elect": (words, out, 1, 0, 0, step),
+        "apply": ([p], words, flags, 1, lr, 0.1, step),
     }
-    writes = "params" in [a.name for a in getattr(torch.ops.lion_kernels, name).default._schema.arguments]
-    assert writes == (name in calls)
-    if writes:
-        before = p._version
-        calls[name]()
-        assert p._version > before and g._version == 0
+    assert calls.keys() == _ops.SCHEMAS.keys()
+    for name, args in calls.items():
+        flat = [t for a in args for t in (a if isinstance(a, list) else [a])]
+        tensors = [t for t in flat if isinstance(t, torch.Tensor)]
+        schema = getattr(torch.ops.lion_kernels, name).default._schema.arguments
+        written = [
+            t
+            for spec, a in zip(schema, args, strict=False)
+            if spec.alias_info is not None and spec.alias_info.is_write
+            for t in (a if isinstance(a, list) else [a])
+        ]
+        before = {id(t): t._version for t in tensors}
+        getattr(_ops, name)(*args)
+        for t in tensors:
+            is_written = any(t is w for w in written)
+            assert (t._version > before[id(t)]) == is_written, (name, t)
 
 
 def test_a_step_over_tensors_of_inference_mode():

@@ -174,8 +174,8 @@ def dtensor_versions(rank):
         net(torch.ones(2, 6)).sum().backward()
         opt.step()
         p = next(net.parameters())
-        versions.append(p._version)
-    return versions[1] > versions[0]
+        versions.append([t._version for t in (p, *opt.state[p].values())])
+    return all(b > a for a, b in zip(*versions, strict=True))
 
 
 def test_versions_of_dtensors(worlds):
