@@ -129,12 +129,13 @@ class Ninja(build_ext):
 
         torch, cuda = torch_folder(), toolkit()
         archs = architectures() if len(self.extensions) > 1 else ""
-        # USE_CUDA: with what only a torch with CUDA has.
-        common = [f"-I{CSRC}", f"-isystem{torch / 'include'}", TARGET, "-DUSE_CUDA"]
-        common += [f'-DLION_KERNELS_VERSION="{VERSION}"', f'-DLION_KERNELS_CUDA_ARCHS="{archs}"']
+        about = [f'-DLION_KERNELS_VERSION="{VERSION}"', f'-DLION_KERNELS_CUDA_ARCHS="{archs}"']
+        # Torch last: its folder has a pybind11 that it keeps for itself.
         folders = sysconfig.get_paths()["include"], pybind11.get_include(), cuda / "include"
-        compile_cxx = [cxx, *CXXFLAGS, *common, *(f"-isystem{path}" for path in folders)]
-        compile_cu = [f"{cuda}/bin/nvcc", *NVCCFLAGS, *common, *gencode(archs)]
+        includes = [f"-I{CSRC}", *(f"-isystem{path}" for path in (*folders, torch / "include"))]
+        # USE_CUDA: with what only a torch with CUDA has.
+        compile_cxx = [cxx, *CXXFLAGS, TARGET, "-DUSE_CUDA", *about, *includes]
+        compile_cu = [f"{cuda}/bin/nvcc", *NVCCFLAGS, f"-I{CSRC}", *gencode(archs)]
         ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
         link = [cxx, "-shared", *ldflags, f"-L{torch / 'lib'}", "-Wl,--no-as-needed"]
         text = io.StringIO()
@@ -143,11 +144,11 @@ class Ninja(build_ext):
             line = f"{shlex.join(command)} -MD -MF $out.d -c $in -o $out"
             writer.rule(rule, line, f"{rule} $in", "$out.d", deps="gcc")
         writer.rule("link", f"{shlex.join(link)} $in -o $out $libraries", "link $out")
+        for source in sorted({source for each in self.extensions for source in each.sources}):
+            rule = "nvcc" if source.endswith(".cu") else "cxx"
+            writer.build(str(folder / f"{source}.o"), rule, str(ROOT / source))
         for extension in self.extensions:
-            objects = []
-            for source in extension.sources:
-                rule = "nvcc" if source.endswith(".cu") else "cxx"
-                objects += writer.build(str(folder / f"{source}.o"), rule, str(ROOT / source))
+            objects = [str(folder / f"{source}.o") for source in extension.sources]
             libraries = [f"-l{name}" for name in extension.libraries]
             if extension.name == CUDA:  # of a machine's CUDA, only the driver is asked for
                 libraries += [f"-L{cuda}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
@@ -158,7 +159,8 @@ class Ninja(build_ext):
 
     def get_ext_filename(self, name: str) -> str:
         """No suffix of a Python for what knows none."""
-        return name.replace(".", "/") + ".so" if name == CUDA else super().get_ext_filename(name)
+        is_cuda = CUDA.endswith(name)  # which comes with and without the package
+        return name.replace(".", "/") + ".so" if is_cuda else super().get_ext_filename(name)
 
 
 def extension(name: str, sources: set[Path], libraries: list[str]) -> Extension:
