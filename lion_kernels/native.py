@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._namespace import MODULE
+
 OLDEST_TORCH = (2, 11)
 
 _C: Any = None
 _load_error: ImportError | None = None
 try:
-    _C = importlib.import_module("lion_kernels._C")
+    _C = importlib.import_module(MODULE, __package__)
 except ImportError as error:
     _load_error = error
 

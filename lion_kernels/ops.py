@@ -14,8 +14,9 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from lion_kernels.int8 import blocks_of
-from lion_kernels.layout import BITS_PER_WORD, MAX_SCALE, words_of
+from ._namespace import NAMESPACE
+from .int8 import blocks_of
+from .layout import BITS_PER_WORD, MAX_SCALE, words_of
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 STORAGE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
@@ -164,7 +165,6 @@ def _check_counter(tensor: Tensor | None, name: str) -> None:
 
 
 _P = ParamSpec("_P")
-NAMESPACE = "lion_kernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 SCHEMAS: dict[str, str] = {}
 CHECKS: dict[str, Callable[..., None]] = {}
