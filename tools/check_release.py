@@ -1,0 +1,35 @@
+"""Whether a tag may become a release: it names the version, and the changelog says what is in it.
+
+    python tools/check_release.py v0.1.0
+"""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def section(changelog: str, version: str) -> str | None:
+    """The text under ``## VERSION``, with a date behind it or not; None where there is none."""
+    heading = rf"^## {re.escape(version)}(?: .*)?$"
+    found = re.search(rf"{heading}\n(.*?)(?=^## |\Z)", changelog, re.M | re.S)
+    return found and found[1]
+
+
+def complaint(tag: str, version: str, changelog: str) -> str | None:
+    """Why there is no release, or None."""
+    if tag != f"v{version}":
+        return f"the tag must be v{version}, as lion_kernels/_version.py says, got {tag}"
+    text = section(changelog, version)
+    if text is None:
+        return f"CHANGELOG.md has no section '## {version}'"
+    if not re.sub(r"^#.*$", "", text, flags=re.M).strip():
+        return f"the section '## {version}' of CHANGELOG.md is empty"
+    return None
+
+
+if __name__ == "__main__":
+    version = runpy.run_path(str(ROOT / "lion_kernels" / "_version.py"))["__version__"]
+    sys.exit(complaint(sys.argv[1], version, (ROOT / "CHANGELOG.md").read_text()))
