@@ -13,9 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def section(changelog: str, version: str) -> str | None:
     """The text under ``## VERSION``, with a date behind it or not; None where there is none."""
-    heading = rf"^## {re.escape(version)}(?: .*)?$"
-    found = re.search(rf"{heading}\n(.*?)(?=^## |\Z)", changelog, re.M | re.S)
-    return found and found[1]
+    for part in re.split("^## ", changelog, flags=re.M)[1:]:
+        heading, _, text = part.partition("\n")
+        if heading.split(" ")[0] == version:
+            return text
+    return None
 
 
 def complaint(tag: str, version: str, changelog: str) -> str | None:

@@ -81,7 +81,7 @@ def complaints(report: dict, oldest_torch: str) -> list[str]:
 
 
 def numbers(version: str) -> list[int]:
-    return [int(number) for number in version.split(".")]
+    return [int(number) for number in version.split(".")[:2]]
 
 
 def audit(wheel: Path) -> bool:
