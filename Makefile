@@ -131,7 +131,7 @@ endif
 
 $(BUILT): $(ENV) $(SOURCES)
 	@mkdir -p build
-	@echo "building lion_kernels for $(RUN) (about a minute and a half on two cores) ..."
+	@echo "building lion_kernels for $(RUN) (less than a minute on two cores) ..."
 	@$(RUN) setup.py -q build_ext --inplace > build/log 2>&1 || { grep -E "^lion_kernels|error" build/log || tail -n 20 build/log; exit 1; } >&2
 	@printf '%s' '$(RUN)' > $@
 

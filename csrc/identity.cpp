@@ -54,15 +54,14 @@ const Torch& torch() {
   return known;
 }
 
-// The items of a list or tuple, which must not change meanwhile.
+// The items of a list or tuple, in a list of our own that nobody changes.
 class Items {
  public:
-  explicit Items(PyObject* items)
-      : items_(owned(PySequence_Fast(items, "expected a list of tensors"))) {}
-  size_t size() const { return static_cast<size_t>(PySequence_Fast_GET_SIZE(items_.get())); }
+  explicit Items(PyObject* items) : items_(owned(PySequence_List(items))) {}
+  size_t size() const { return static_cast<size_t>(PyList_Size(items_.get())); }
   // Null: None.
   PyObject* operator[](size_t i) const {
-    PyObject* item = PySequence_Fast_GET_ITEM(items_.get(), static_cast<Py_ssize_t>(i));
+    PyObject* item = PyList_GetItem(items_.get(), static_cast<Py_ssize_t>(i));
     return item == Py_None ? nullptr : item;
   }
 
