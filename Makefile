@@ -105,7 +105,7 @@ mutants: built
 # as long to build and hides accesses that the compiler proved away.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED := build/sanitize/lib
-SANITIZED_TESTS := test_memory test_step test_encode test_apply test_tally test_momentum test_rounding
+SANITIZED_TESTS := test_memory test_stable test_step test_encode test_apply test_tally test_momentum test_rounding
 sanitize: $(ENV)
 	@mkdir -p build/sanitize
 	@LION_KERNELS_CUDA=0 LION_KERNELS_CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer $(SANITIZERS)" \

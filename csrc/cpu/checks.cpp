@@ -6,8 +6,7 @@
 
 namespace lion {
 
-DType dtype_of(const Tensor& tensor, const char* list, int64_t index) {
-  const ScalarType dtype = tensor.scalar_type();
+DType dtype_of(ScalarType dtype, const char* list, int64_t index) {
   if (dtype == dtypes::float32) return kFloat32;
   if (dtype == dtypes::bfloat16) return kBFloat16;
   LION_CHECK(dtype == dtypes::float16, list, "[", index,
@@ -15,12 +14,12 @@ DType dtype_of(const Tensor& tensor, const char* list, int64_t index) {
   return kFloat16;
 }
 
-DType momentum_dtype_of(const Tensor& exp_avg, int64_t index) {
-  return exp_avg.scalar_type() == dtypes::int8 ? kInt8 : dtype_of(exp_avg, "exp_avgs", index);
+DType momentum_dtype_of(ScalarType dtype, int64_t index) {
+  return dtype == dtypes::int8 ? kInt8 : dtype_of(dtype, "exp_avgs", index);
 }
 
 void check_dense(const Tensor& tensor, const char* list, int64_t index, const Tensor* like) {
-  LION_CHECK(tensor.is_non_overlapping_and_dense(), list, "[", index,
+  LION_CHECK(tensor.layout().is_non_overlapping_and_dense(), list, "[", index,
              "] must be dense (no gaps, no overlaps), got shape ", tensor.sizes(), " with strides ",
              tensor.strides());
   if (like == nullptr) return;

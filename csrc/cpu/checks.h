@@ -10,9 +10,9 @@
 namespace lion {
 
 // The kernel dtype of a tensor; raises where the storage type is not supported.
-DType dtype_of(const Tensor& tensor, const char* list, int64_t index);
+DType dtype_of(ScalarType dtype, const char* list, int64_t index);
 // The same of a momentum, which may be int8.
-DType momentum_dtype_of(const Tensor& exp_avg, int64_t index);
+DType momentum_dtype_of(ScalarType dtype, int64_t index);
 
 // Raises unless `tensor` occupies one gapless run of storage and, where `like` is given, has its
 // shape and strides: then element i of the storage means the same element in both.

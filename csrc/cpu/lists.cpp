@@ -59,29 +59,29 @@ Lists::Lists(size_t n_items, const OptionalTensors* block_scales, Rounding round
 Item& Lists::append(const Entry& entry, const Tensor& like) {
   const auto i = static_cast<int64_t>(items_.size());
   const auto [p, g, m] = entry;
-  if (!like.is_non_overlapping_and_dense())
-    check_dense(like, &like == p ? "params" : &like == g ? "grads" : "exp_avgs", i);
   const Layout layout = like.layout();
+  if (!layout.is_non_overlapping_and_dense())
+    check_dense(like, &like == p ? "params" : &like == g ? "grads" : "exp_avgs", i);
   Item& item = items_.emplace_back();
-  item.numel = like.numel();
+  item.numel = layout.numel();
   if (p != nullptr) {
     check_place(*p, "params", i, like, layout);
-    item.dtype = dtype_of(*p, "params", i);
+    item.dtype = dtype_of(p->scalar_type(), "params", i);
     item.data = p->data_ptr();
     item.low = rounding_ == kCompensated ? low_of(lows_, i, *p) : item.data;
   }
   if (g != nullptr) {
     check_place(*g, "grads", i, like, layout);
-    if (p == nullptr) item.dtype = dtype_of(*g, "grads", i);
-    LION_CHECK(p == nullptr || g->scalar_type() == p->scalar_type(), "grads[", i, "] must be ",
-               p->scalar_type(), " on ", p->device(), ", got ", g->scalar_type(), " on ",
-               g->device());
+    const ScalarType dtype = g->scalar_type();
+    LION_CHECK(p == nullptr || dtype == p->scalar_type(), "grads[", i, "] must be ",
+               p->scalar_type(), " on ", p->device(), ", got ", dtype, " on ", g->device());
+    if (p == nullptr) item.dtype = dtype_of(dtype, "grads", i);
     item.grad = g->const_data_ptr();
   }
   item.data_size = bytes_of(item.dtype);
   if (m != nullptr) {
     check_place(*m, "exp_avgs", i, like, layout);
-    item.exp_avg_dtype = momentum_dtype_of(*m, i);
+    item.exp_avg_dtype = momentum_dtype_of(m->scalar_type(), i);
     item.exp_avg = m->data_ptr();
     item.exp_avg_size = bytes_of(item.exp_avg_dtype);
     if (item.exp_avg_dtype == kInt8) item.block_scales = block_scales_of(*m, i, n_items_, scales_);

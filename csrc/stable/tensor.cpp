@@ -41,9 +41,12 @@ std::ostream& operator<<(std::ostream& out, const Extents& extents) {
   return out << ']';
 }
 
-bool Tensor::is_non_overlapping_and_dense() const {
-  if (is_contiguous()) return true;  // also without elements
-  const Extents sizes = this->sizes(), strides = this->strides();
+bool Layout::is_non_overlapping_and_dense() const {
+  bool is_contiguous = true;
+  int64_t row = 1;
+  for (size_t d = sizes.size(); d-- > 0; row *= sizes[d])
+    is_contiguous = is_contiguous && (sizes[d] == 1 || strides[d] == row);
+  if (is_contiguous || row == 0) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size; one element has no stride
   for (size_t d = 0; d < sizes.size(); ++d)
     if (sizes[d] != 1) dims.emplace_back(strides[d], sizes[d]);

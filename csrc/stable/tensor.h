@@ -53,6 +53,13 @@ std::ostream& operator<<(std::ostream& out, const Extents& extents);
 
 struct Layout {
   Extents sizes, strides;
+  int64_t numel() const {
+    int64_t n = 1;
+    for (const int64_t size : sizes) n *= size;
+    return n;
+  }
+  // Whether it covers one gapless run of storage, each element once.
+  bool is_non_overlapping_and_dense() const;
   bool operator==(const Layout& other) const {
     return sizes == other.sizes && strides == other.strides;
   }
@@ -87,8 +94,6 @@ class Tensor {
   int64_t size(int64_t d) const { return get<int64_t*>(aoti_torch_get_sizes)[d]; }
   int64_t stride(int64_t d) const { return get<int64_t*>(aoti_torch_get_strides)[d]; }
   bool is_contiguous() const { return get<bool>(aoti_torch_is_contiguous); }
-  // Whether it occupies one gapless run of storage, each element once.
-  bool is_non_overlapping_and_dense() const;
   ScalarType scalar_type() const { return {get<int32_t>(aoti_torch_get_dtype)}; }
   int64_t element_size() const {
     return static_cast<int64_t>(aoti_torch_dtype_element_size(scalar_type().number));
