@@ -49,7 +49,7 @@ def torch_folder() -> Path:
     if found is None or found.origin is None:
         sys.exit(
             f"lion_kernels needs torch >= 2.11, and {sys.executable} has none: "
-            "pip install torch==2.13.0 first (other tools than pip: and build without isolation)"
+            "pip install torch==2.13.0 first (where another tool than pip builds: no isolation)"
         )
     version = next(metadata.distributions(name="torch", path=places)).version
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:

@@ -1,8 +1,8 @@
 """Makes what a release consists of, in dist/: the source distribution, and from it a wheel for the
 interpreter in use (`make wheel`). Given wheels, it builds nothing and audits these.
 
-auditwheel says which systems a wheel is for; torch's own libraries stay outside. torch-abi-audit has
-to find every library stable, and content with the oldest torch that the wheel asks for.
+auditwheel says which systems a wheel is for; torch's own libraries stay outside. torch-abi-audit
+has to find every library stable, and content with the oldest torch that the wheel asks for.
 """
 
 import json
@@ -26,9 +26,14 @@ ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.envi
 
 
 def run(*command: object) -> None:
+    """Into a log, of which the end is shown where the command fails."""
     words = [str(word) for word in command]
-    if subprocess.run(words, cwd=ROOT, env=ENV).returncode != 0:
-        sys.exit(f"failed: {' '.join(words)}")
+    with (WORK / "log").open("a+") as log:
+        done = subprocess.run(words, cwd=ROOT, env=ENV, stdout=log, stderr=subprocess.STDOUT)
+        if done.returncode != 0:
+            log.seek(0)
+            lines = log.read().splitlines()
+            sys.exit("\n".join([*lines[-30:], f"failed: {' '.join(words)} ({log.name})"]))
 
 
 def build() -> Path:
@@ -36,7 +41,10 @@ def build() -> Path:
     if "LION_KERNELS_CUDA" not in ENV:
         toolkit = shutil.which("nvcc") or ENV.get("CUDA_HOME") or ENV.get("CUDA_PATH")
         ENV["LION_KERNELS_CUDA"] = "1" if toolkit else "0"
+    cuda = "with" if ENV["LION_KERNELS_CUDA"] == "1" else "without"
+    print(f"building a wheel {cuda} CUDA (two minutes on two cores) ...", flush=True)
     shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir(parents=True)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", WORK)
     (source,), (wheel,) = WORK.glob("*.tar.gz"), WORK.glob("*.whl")
     outside = [word for name in OF_TORCH for word in ("--exclude", name)]
@@ -49,7 +57,7 @@ def build() -> Path:
 
 
 def report_on(wheel: Path) -> tuple[dict, str]:
-    """What torch-abi-audit says of the package in a wheel, and the oldest torch that it asks for."""
+    """What torch-abi-audit says of a wheel's package, and the oldest torch that it asks for."""
     program = shutil.which("torch-abi-audit", path=ENV["PATH"])
     if program is None:
         sys.exit("there is no torch-abi-audit on PATH: install it with Python 3.11 or newer")

@@ -2,6 +2,7 @@
 that does not stand on torch's stable ABI.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,16 @@ def test_the_tree_is_asked():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     version = (ROOT / "lion_kernels" / "_version.py").read_text().split('"')[-2]
     assert done.returncode == 1 and f"the tag must be v{version}" in done.stderr
+
+
+def test_workflows_install_the_tools_that_are_pinned():
+    text = (ROOT / "pyproject.toml").read_text()
+    (extra,) = re.findall(r"^release = \[\n(.*?)^\]", text, re.M | re.S)
+    pinned = dict(re.findall(r'"([\w-]+)==([\d.]+)', extra))
+    assert {"build", "auditwheel", "torch-abi-audit"} <= {*pinned}
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        for name, version in re.findall(r"(?<=\s)([\w-]+)==([\d.]+)", path.read_text()):
+            assert pinned.get(name, version) == version, (path.name, name)
 
 
 def library(name, **torch):
