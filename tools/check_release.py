@@ -1,4 +1,5 @@
-"""Whether a tag may become a release: it names the version, and the changelog says what is in it. `python tools/check_release.py v0.1.0` fails, and says why, where it may not.
+"""Whether a tag may become a release: it names the version, and the changelog says what is in it.
+`python tools/check_release.py v0.1.0` fails, and says why, where it may not.
 """
 
 import re
