@@ -1,11 +1,14 @@
 # Two commands do everything, set-up included:  make train   make test
 #
 #   make train | test | quick | lint | bench | mutants | codegen | sanitize |
-#        gpu-check | docs | clean
+#        gpu-check | docs | wheel | clean
 #   make quick               under a minute: leaves out tests/gpu, tests/tools and what is marked
 #                            slow: kernels in Triton's interpreter, conformance, gradient release,
 #                            torch.compile, a language model
 #   make PY=python3 test     that interpreter as it is: installs nothing, works offline
+#   make PY=python3 INSTALLED=1 train | test | quick
+#                            with the lion_kernels that is installed there: builds nothing
+#   make wheel               into dist/: a source distribution and a wheel, audited
 #   make sanitize            the C++ under ASan and UBSan (GCC's): op tests, exactly sized buffers
 #   make gpu-check OUT=DIR   all that it finds is in DIR, also when it fails or is killed
 #
@@ -15,11 +18,19 @@
 PYTHON ?= python3
 
 ifdef PY
-  RUN := $(PY)
+  # A path stays right in another folder.
+  RUN := $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY))
   ENV :=
 else
   RUN := .venv/bin/python
   ENV := .venv/.installed
+endif
+
+# Where Python looks first: into the tree, or, INSTALLED, past it.
+TREE := PYTHONPATH=.
+ifdef INSTALLED
+  TREE :=
+  IN_COPY := cd build/installed &&
 endif
 
 SOURCES := setup.py lion_kernels/_version.py $(shell find csrc -type f)
@@ -27,7 +38,7 @@ SOURCES := setup.py lion_kernels/_version.py $(shell find csrc -type f)
 NATIVE := $(shell find csrc bench tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 BUILT := build/.built
 
-.PHONY: help train test quick lint format bench mutants codegen sanitize gpu-check docs clean built
+.PHONY: help train test quick lint format bench mutants codegen sanitize gpu-check docs wheel clean built
 .DELETE_ON_ERROR:
 
 # The library in the tree belongs to one interpreter: another one builds its own.
@@ -40,15 +51,15 @@ help:
 
 train: built
 	@ranks=$$($(RUN) -c "import torch; print(torch.cuda.device_count() or 4)") && \
-	  PYTHONPATH=. OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	  $(TREE) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 	  $(RUN) -m torch.distributed.run --standalone --nproc-per-node $$ranks \
 	  examples/train_bytes.py $(ARGS)
 
 test: built
-	@PYTHONPATH=. $(RUN) -m pytest $(ARGS)
+	@$(IN_COPY) $(TREE) $(RUN) -m pytest $(ARGS)
 
 quick: built
-	@PYTHONPATH=. $(RUN) -m pytest -m "not slow" $(addprefix tests/,ops vote states optimizer) $(ARGS)
+	@$(IN_COPY) $(TREE) $(RUN) -m pytest -m "not slow" $(addprefix tests/,ops vote states optimizer) $(ARGS)
 
 lint: $(ENV)
 	@$(RUN) -m ruff check .
@@ -77,6 +88,10 @@ gpu-check:
 	  { $(if $(OUT),mkdir -p $(OUT); cp build/log $(OUT)/build.log;) exit 1; }
 	@PYTHONPATH=. $(RUN) tools/gpu_check.py $(if $(OUT),--out $(OUT)) $(ARGS)
 
+# With CUDA where a toolkit is there, unless LION_KERNELS_CUDA says otherwise. Needs the extra release.
+wheel: $(ENV)
+	@$(RUN) tools/wheels.py
+
 # The pages of docs/ that come from code.
 docs: built
 	@PYTHONPATH=. $(RUN) tools/docs.py
@@ -104,11 +119,15 @@ sanitize: $(ENV)
 	  $(SANITIZED_TESTS:%=tests/ops/%.py) $(ARGS)
 
 clean:
-	rm -rf build *.egg-info lion_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info lion_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # A second make, because installing into .venv builds the library too.
 built: $(ENV)
+ifdef INSTALLED
+	@$(RUN) tools/installed.py
+else
 	@$(MAKE) --no-print-directory -s $(BUILT)
+endif
 
 $(BUILT): $(ENV) $(SOURCES)
 	@mkdir -p build
@@ -122,6 +141,6 @@ $(BUILT): $(ENV) $(SOURCES)
 	@echo "creating .venv and building into it (some minutes, once) ..."
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install -q torch==2.13.0 'setuptools>=77' wheel pybind11 ninja numpy
-	@.venv/bin/python -m pip install -q --no-build-isolation -e '.[train,dev,bench]' torch==2.13.0
+	@.venv/bin/python -m pip install -q --no-build-isolation -e '.[train,dev,bench,release]' torch==2.13.0
 	@touch $@
 	@mkdir -p build && printf '%s' '.venv/bin/python' > $(BUILT)

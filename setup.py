@@ -6,7 +6,6 @@ LION_KERNELS_CUDA=1 wants the CUDA part, also beside a torch without CUDA; =0 le
 either it is built where torch has CUDA and nvcc is there. TORCH_CUDA_ARCH_LIST names the GPUs.
 """
 
-import importlib.util
 import io
 import os
 import re
@@ -16,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -43,13 +43,15 @@ NVCCFLAGS = [
 
 
 def torch_folder() -> Path:
-    found = importlib.util.find_spec("torch")
+    # Also where pip isolates the build and hides what is installed: torch is not to be downloaded.
+    places = [*sys.path, sysconfig.get_path("platlib")]
+    found = PathFinder.find_spec("torch", places)
     if found is None or found.origin is None:
         sys.exit(
             f"lion_kernels needs torch >= 2.11, and {sys.executable} has none: "
-            "pip install torch==2.13.0 (then install lion_kernels with --no-build-isolation)"
+            "pip install torch==2.13.0 first (where another tool than pip builds: no isolation)"
         )
-    version = metadata.version("torch")
+    version = next(metadata.distributions(name="torch", path=places)).version
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         sys.exit(f"lion_kernels needs torch >= 2.11, got {version}")
     return Path(found.origin).parent
