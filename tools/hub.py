@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = re.search('= "(.+)"', (ROOT / "lion_kernels" / "_version.py").read_text())[1]
 
-# By the hub's convention, 0 is what is not yet for production. The builder names the compiler's
-# optimization level; the flags are those of setup.py that change results.
+# By the hub's convention, version 0 is not yet for production. Without -ffp-contract=off the CPU's
+# bits would be others. GPUs are those of the builder's own list.
 BUILD = """\
 [general]
 name = "lion-kernels"
