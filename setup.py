@@ -172,7 +172,8 @@ def extension(name: str, sources: set[Path], libraries: list[str]) -> Extension:
 
 on_cuda = {*CSRC.glob("cuda/*.cu"), *CSRC.glob("cuda/*.cpp")}
 shared = {CSRC / "planes.cpp", CSRC / "stable" / "tensor.cpp"}
-extensions = [extension("lion_kernels._C", {*CSRC.rglob("*.cpp")} - on_cuda, ["torch_cpu"])]
+on_cpu = {*CSRC.rglob("*.cpp")} - on_cuda - {*CSRC.glob("hub/*.cpp")}
+extensions = [extension("lion_kernels._C", on_cpu, ["torch_cpu"])]
 if wants_cuda(torch_folder()):
     # libtorch.so leads to libtorch_cuda.so where torch has CUDA, and is there where it has none.
     extensions.append(extension(CUDA, on_cuda | shared, ["torch", "torch_cpu"]))
