@@ -21,14 +21,14 @@ from torch import Tensor
 
 import lion_kernels
 import timing
-from lion_kernels import _ops, reference
+from lion_kernels import ops, reference
 from lion_kernels.int8 import MOMENTUM_BLOCK
 from lion_kernels.layout import words_of
 from lion_kernels.vote.buffers import Buffers
 from lion_kernels.vote.poll import Poll
 from timing import Case, Result
 
-OPS = _ops
+OPS = ops
 SETTINGS = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.1}
 LR = torch.tensor(SETTINGS["lr"], dtype=torch.float64)
 # Of SETTINGS, what the ops take by keyword.

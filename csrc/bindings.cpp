@@ -1,5 +1,5 @@
-// The module lion_kernels._C: importing it loads the ops of CPU tensors; it tells how the library
-// was built, and what tells tensors apart.
+// The module lion_kernels._C: it registers the ops of CPU tensors, and tells how the library was
+// built and what tells tensors apart. csrc/hub/module.cpp is its twin.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -9,6 +9,7 @@
 
 #include "bitplanes.h"
 #include "identity.h"
+#include "register.h"
 #include "simd/levels.h"
 
 #ifndef LION_KERNELS_VERSION
@@ -34,6 +35,12 @@ py::dict build_info() {
   info["simd_levels"] = levels;
   info["bits_per_word"] = lion::kBitsPerWord;
   return info;
+}
+
+// Whether those of CUDA tensors are among them: here they have a library of their own.
+bool register_ops(const char* name_space) {
+  lion::register_cpu_ops(name_space);
+  return false;
 }
 
 // Calls an op of identity.h; what Python raised there is raised.
@@ -64,6 +71,7 @@ py::list odd_gradients(const py::bytes& known, const py::object& tensors, const 
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
+  m.def("register_ops", &register_ops, py::arg("name_space"));
   // Use the kernels of one of build_info()['simd_levels']; for tests.
   m.def("set_simd_level", &lion::set_simd_level, py::arg("name"));
   m.def("identity", &identity);

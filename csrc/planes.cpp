@@ -1,4 +1,4 @@
-// What tally and elect accept; see the schemas in lion_kernels/_ops.py.
+// What tally and elect accept; see the schemas in lion_kernels/ops.py.
 #include "planes.h"
 
 #include "bitplanes.h"

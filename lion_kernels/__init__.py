@@ -4,10 +4,10 @@
 parameter. Importing compiles nothing and starts no device.
 """
 
-from lion_kernels import kernels as kernels
-from lion_kernels._version import __version__
-from lion_kernels.distributed import DistributedLion
-from lion_kernels.lion import Lion
-from lion_kernels.native import build_info
+from . import kernels as kernels
+from ._version import __version__
+from .distributed import DistributedLion
+from .lion import Lion
+from .native import build_info
 
 __all__ = ["DistributedLion", "Lion", "__version__", "build_info"]

@@ -11,10 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lion_kernels import _ops, double
-from lion_kernels.bucket import Bucket
-from lion_kernels.options import Settings
-from lion_kernels.scaling import Scaling
+from . import double, ops
+from .bucket import Bucket
+from .options import Settings
+from .scaling import Scaling
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Alone:
             double.step(bucket, settings, scaling, nonfinite)
             return
         grads = cast(list[Tensor], bucket.grads)  # none is missing: none abstains
-        _ops.lion_step(
+        ops.lion_step(
             bucket.params, grads, bucket.exp_avgs,
             lr=settings.lr, beta1=settings.betas[0], beta2=settings.betas[1],
             weight_decay=settings.weight_decay, maximize=settings.maximize, nonfinite=nonfinite,
@@ -81,7 +81,7 @@ class Alone:
 def _agreeing(bucket: Bucket, settings: Settings, scaling: Scaling) -> Tensor:
     """Of each tensor, the elements that a rescaled cautious update moves."""
     counts = torch.zeros(len(bucket.params), dtype=torch.int64, device=bucket.device)
-    _ops.count_agreeing(
+    ops.count_agreeing(
         cast(list[Tensor], bucket.grads), bucket.exp_avgs, counts, beta1=settings.betas[0],
         maximize=settings.maximize, grad_scale=scaling.grad_scale, block_scales=bucket.block_scales,
     )  # fmt: skip

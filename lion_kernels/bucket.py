@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels import native, states
-from lion_kernels.dense import is_dense
-from lion_kernels.options import Settings
-from lion_kernels.shards import is_distributed, local, local_like
+from . import native, states
+from .dense import is_dense
+from .options import Settings
+from .shards import is_distributed, local, local_like
 
 DOUBLES = (torch.float64, torch.complex128)
 # What a gradient is, unless it stands for other tensors.

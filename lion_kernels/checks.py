@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels import _ops, native
-from lion_kernels.bucket import DOUBLES
-from lion_kernels.dense import overlaps
-from lion_kernels.shards import has_storage, is_distributed, is_wrapper
-from lion_kernels.states import check_fits
+from . import native, ops
+from .bucket import DOUBLES
+from .dense import overlaps
+from .shards import has_storage, is_distributed, is_wrapper
+from .states import check_fits
 
-_PARAMETER_DTYPES = (*_ops.STORAGE_DTYPES, torch.complex64, *DOUBLES)
+_PARAMETER_DTYPES = (*ops.STORAGE_DTYPES, torch.complex64, *DOUBLES)
 
 # What keeps parameters of its own under a vote, and how to vote all the same.
 _VOTES_ON = (

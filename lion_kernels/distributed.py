@@ -14,23 +14,23 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
-from lion_kernels import states
-from lion_kernels.alone import Alone
-from lion_kernels.checks import check_voter, is_whole, label
-from lion_kernels.layout import WIRE_VERSION
-from lion_kernels.lion import Lion
-from lion_kernels.options import DISTRIBUTED_LION, GROUP_OPTIONS, OPTIONS, checked
-from lion_kernels.shards import memory_order
-from lion_kernels.vote.agreement import (
+from . import states
+from .alone import Alone
+from .checks import check_voter, is_whole, label
+from .layout import WIRE_VERSION
+from .lion import Lion
+from .options import DISTRIBUTED_LION, GROUP_OPTIONS, OPTIONS, checked
+from .shards import memory_order
+from .vote.agreement import (
     Fact,
     broadcast_parameters,
     compare_facts,
     compare_parameters,
 )
-from lion_kernels.vote.election import Electorate
-from lion_kernels.vote.exchange import choose
-from lion_kernels.vote.poll import Poll
-from lion_kernels.vote.wire import ProcessGroupWire, Transfer, Wire
+from .vote.election import Electorate
+from .vote.exchange import choose
+from .vote.poll import Poll
+from .vote.wire import ProcessGroupWire, Transfer, Wire
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lion_kernels.bucket import Bucket
-from lion_kernels.int8 import read_momentum, write_momentum
-from lion_kernels.options import Settings
-from lion_kernels.scaling import Scaling
+from .bucket import Bucket
+from .int8 import read_momentum, write_momentum
+from .options import Settings
+from .scaling import Scaling
 
 # No verdict writes a 2 into a parameter of the ballot: it writes -delta, of size 1 at most.
 _ABSENT = 2.0

@@ -7,7 +7,7 @@ kernels compute the same. Knows no optimizer, no state and no DTensor.
 import torch
 from torch import Tensor
 
-from lion_kernels.dense import like_storage, storage_order
+from .dense import like_storage, storage_order
 
 # Consecutive elements of a tensor's storage that share the scale of an int8 momentum.
 MOMENTUM_BLOCK = 128

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lion_kernels import native, release, states
-from lion_kernels.alone import Alone
-from lion_kernels.bucket import Bucket, Plan
-from lion_kernels.capture import check_not_capturing
-from lion_kernels.checks import check_lr, check_members, check_rescale, label, require_kernels
-from lion_kernels.options import (
+from . import native, release, states
+from .alone import Alone
+from .bucket import Bucket, Plan
+from .capture import check_not_capturing
+from .checks import check_lr, check_members, check_rescale, label, require_kernels
+from .options import (
     GROUP_OPTIONS,
     LION,
     SETTINGS,
@@ -28,13 +28,13 @@ from lion_kernels.options import (
     checked,
     settings_of,
 )
-from lion_kernels.scaling import Scaling, is_asked_by_a_scaler
-from lion_kernels.shards import cut_as
-from lion_kernels.states import interchange
-from lion_kernels.states.loading import Loading
+from .scaling import Scaling, is_asked_by_a_scaler
+from .shards import cut_as
+from .states import interchange
+from .states.loading import Loading
 
 if TYPE_CHECKING:
-    from lion_kernels.vote.election import Electorate
+    from .vote.election import Electorate
 
 # Bits of stochastic rounding that differ from bucket to bucket of one step: the golden ratio's.
 _BUCKET_SEED = 0x1E3779B97F4A7C15

@@ -2,6 +2,7 @@
 a device, which are asked for without importing them.
 """
 
+import ctypes
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -11,20 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ops as ops  # declares what the libraries implement
+from ._namespace import MODULE, NAMESPACE
+
 OLDEST_TORCH = (2, 11)
 
 _C: Any = None
 _load_error: ImportError | None = None
 try:
-    _C = importlib.import_module("lion_kernels._C")
+    _C = importlib.import_module(MODULE, __package__)
 except ImportError as error:
     _load_error = error
 
 # What counts votes on GPUs; another torch has no tensors that could reach it.
 _CUDA = Path(__file__).parent / "_cuda.so"
-has_cuda = _C is not None and torch.version.cuda is not None and _CUDA.is_file()
-if has_cuda:
-    torch.ops.load_library(_CUDA)
+has_cuda = False
+
+
+def _register_cuda() -> None:
+    register = ctypes.CDLL(str(_CUDA)).lion_kernels_register
+    register.restype = ctypes.c_char_p
+    if error := register(NAMESPACE.encode()):
+        raise RuntimeError(error.decode())
+
+
+if _C is not None:
+    has_cuda = _C.register_ops(NAMESPACE)
+    if torch.version.cuda is not None and _CUDA.is_file():
+        _register_cuda()
+        has_cuda = True
 
 
 def _hidden_package() -> Path | None:

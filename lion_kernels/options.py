@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels import _ops
+from . import ops
 
-MOMENTUM_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _ops.MOMENTUM_DTYPES}
+MOMENTUM_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ops.MOMENTUM_DTYPES}
 # How ballots and verdicts travel: vote/exchange.py.
 EXCHANGES = ("allgather", "sharded")
 
@@ -176,7 +176,7 @@ TABLE = (
         in_group=True, kept_at_load=True,
     ),
     _choice(
-        "rounding", "nearest", _ops.ROUNDINGS, "of 16-bit parameters", in_group=True,
+        "rounding", "nearest", ops.ROUNDINGS, "of 16-bit parameters", in_group=True,
         kept_at_load=True,
     ),
     _choice(

@@ -1,7 +1,7 @@
 """What each op computes, in plain PyTorch: the readable specification, slow and allocating.
 
 The formula of Lion (arXiv:2302.06675, Algorithm 2) and of the vote (arXiv:2404.00438, Algorithm 1)
-stands here once as mathematics. Signatures are those of the ops in _ops.py; results equal the
+stands here once as mathematics. Signatures are those of the ops in ops.py; results equal the
 kernels' bit for bit, but for the last bit of a fused multiply-add that float64 rounds twice
 (about one in 2**29 elements).
 """
@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lion_kernels._ops import checked
-from lion_kernels.coins import GAMMA, ROUNDING_STREAM, TIE_STREAM, mix64, stream_key
-from lion_kernels.dense import like_storage, storage_order
-from lion_kernels.int8 import read_momentum, write_momentum
-from lion_kernels.layout import BITS_PER_WORD, words_of
+from .coins import GAMMA, ROUNDING_STREAM, TIE_STREAM, mix64, stream_key
+from .dense import like_storage, storage_order
+from .int8 import read_momentum, write_momentum
+from .layout import BITS_PER_WORD, words_of
+from .ops import checked
 
 
 def unpack(planes: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lion_kernels.checks import is_flat_shard
+from .checks import is_flat_shard
 
 logger = logging.getLogger(__name__)
 

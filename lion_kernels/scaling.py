@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels.dense import overlaps
+from .dense import overlaps
 
 
 @dataclass(frozen=True)

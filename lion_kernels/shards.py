@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels.int8 import blocks_of
+from .int8 import blocks_of
 
 
 def is_distributed(t: Tensor) -> bool:

@@ -16,8 +16,8 @@ call, which raises the error that real ranks would raise each. Until then, the w
 are those of before, and their gradients, and learning rates that are tensors, must stay.
 """
 
-from lion_kernels.options import check_integer
-from lion_kernels.vote.wire import Loopback
+from .options import check_integer
+from .vote.wire import Loopback
 
 
 def loopback(n: int) -> list[Loopback]:

@@ -22,9 +22,9 @@ from triton.compiler import ASTSource
 
 import codegen_contract as contract
 import forecast
-from lion_kernels._ops import ROUNDINGS
 from lion_kernels.int8 import MOMENTUM_BLOCK
 from lion_kernels.kernels import config, launch
+from lion_kernels.ops import ROUNDINGS
 
 ARCHS = (80, 90, 100)
 AMD_ARCHS = ("gfx942", "gfx950")

@@ -1,16 +1,15 @@
 #include "cpu/ops.h"
 
-#include <torch/csrc/stable/library.h>
-
-#include "namespace.h"
+#include "register.h"
 #include "stable/boxed.h"
+#include "stable/library.h"
 
-STABLE_TORCH_LIBRARY_IMPL(LION_KERNELS_NAMESPACE, CPU, m) {
-  using lion::boxed;
-  m.impl("lion_step", boxed<lion::cpu::lion_step>);
-  m.impl("count_agreeing", boxed<lion::cpu::count_agreeing>);
-  m.impl("encode", boxed<lion::cpu::encode>);
-  m.impl("tally", boxed<lion::cpu::tally>);
-  m.impl("elect", boxed<lion::cpu::elect>);
-  m.impl("apply", boxed<lion::cpu::apply>);
+void lion::register_cpu_ops(const char* name_space) {
+  implement(name_space, "CPU",
+            {{"lion_step", boxed<cpu::lion_step>},
+             {"count_agreeing", boxed<cpu::count_agreeing>},
+             {"encode", boxed<cpu::encode>},
+             {"tally", boxed<cpu::tally>},
+             {"elect", boxed<cpu::elect>},
+             {"apply", boxed<cpu::apply>}});
 }

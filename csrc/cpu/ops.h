@@ -1,4 +1,4 @@
-// The ops on CPU tensors; their schemas, and what they do, stand in lion_kernels/_ops.py.
+// The ops on CPU tensors; their schemas, and what they do, stand in lion_kernels/ops.py.
 #pragma once
 
 #include <cstdint>

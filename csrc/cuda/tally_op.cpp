@@ -1,17 +1,17 @@
 // tally and elect on CUDA tensors: device checks, then a launch on the current stream. Nothing here
 // waits for the device. Not tally.cpp: its object file would be that of tally.cu.
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 
 #include <stdexcept>
 #include <string>
 
 #include "coin.h"
 #include "cuda/tally.h"
-#include "namespace.h"
 #include "planes.h"
+#include "register.h"
 #include "stable/boxed.h"
 #include "stable/errors.h"
+#include "stable/library.h"
 
 namespace lion {
 namespace {
@@ -60,9 +60,21 @@ void elect(const Tensor& ballots, const Tensor& verdict, int64_t scale, int64_t 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(LION_KERNELS_NAMESPACE, CUDA, m) {
-  m.impl("tally", boxed<tally>);
-  m.impl("elect", boxed<elect>);
+void register_cuda_ops(const char* name_space) {
+  implement(name_space, "CUDA", {{"tally", boxed<tally>}, {"elect", boxed<elect>}});
 }
 
 }  // namespace lion
+
+// For ctypes. What went wrong, or null.
+extern "C" __attribute__((visibility("default"))) const char* lion_kernels_register(
+    const char* name_space) {
+  static std::string error;
+  try {
+    lion::register_cuda_ops(name_space);
+    return nullptr;
+  } catch (const std::exception& raised) {
+    error = raised.what();
+    return error.c_str();
+  }
+}

@@ -7,7 +7,7 @@ Each check builds the optimizer on small tensors, steps it, and compares with Li
 that it can judge it too. Exit status 1 where a check fails.
 """
 
-from lion_kernels.conformance.checks import CHECKS, judge
-from lion_kernels.conformance.command import main, maker
+from .checks import CHECKS, judge
+from .command import main, maker
 
 __all__ = ["CHECKS", "judge", "main", "maker"]

@@ -1,5 +1,5 @@
 import sys
 
-from lion_kernels.conformance.command import main
+from .command import main
 
 sys.exit(main())

@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
-from lion_kernels.conformance import contract, formula, options, release, state
-from lion_kernels.conformance.common import Check, Make, Outcome, with_option
+from . import contract, formula, options, release, state
+from .common import Check, Make, Outcome, with_option
 
 half = torch.bfloat16
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from lion_kernels.conformance.checks import CHECKS, judge
-from lion_kernels.conformance.common import Make
+from .checks import CHECKS, judge
+from .common import Make
 
 
 def maker(target: str, kwargs: dict[str, Any]) -> Make:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lion_kernels.conformance.common import (
+from .common import (
     BETAS,
     LR,
     OPTIONS,

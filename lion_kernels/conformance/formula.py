@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels.conformance.common import (
+from .common import (
     BETAS,
     LR,
     OPTIONS,

@@ -5,7 +5,7 @@ momenta of 8 bits, cautious updates. Each is judged by its published formula.
 import torch
 from torch import Tensor
 
-from lion_kernels.conformance.common import (
+from .common import (
     BETAS,
     EIGHT_BIT_SLACK,
     LR,

@@ -7,7 +7,7 @@ import gc
 import torch
 from torch import Tensor
 
-from lion_kernels.conformance.common import (
+from .common import (
     OPTIONS,
     Make,
     Outcome,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels.conformance.common import (
+from .common import (
     BETAS,
     LR,
     OPTIONS,
@@ -27,7 +27,7 @@ from lion_kernels.conformance.common import (
     takes,
     walk,
 )
-from lion_kernels.conformance.options import uneven
+from .options import uneven
 
 
 def resume(dtype: torch.dtype, make: Make, device: str) -> Outcome:

@@ -1,4 +1,4 @@
-"""The rooms on the GPU: Triton kernels that register into the op table of _ops.py for CUDA tensors.
+"""The rooms on the GPU: Triton kernels that register into the op table of ops.py for CUDA tensors.
 
 The tally of CUDA tensors is C++/CUDA (csrc/cuda/tally.cu) and registers itself where it was built.
 What is missing raises, and says what to install; Triton is imported at the first call.
@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from lion_kernels import _ops as _ops  # declares the ops that are implemented here
-from lion_kernels import native
+from .. import native
+from .. import ops as ops  # declares the ops that are implemented here
+from .._namespace import NAMESPACE
 
 TRITON_OPS = ("lion_step", "count_agreeing", "encode", "apply")
 CUDA_OPS = ("tally", "elect")
@@ -18,7 +19,7 @@ CUDA_OPS = ("tally", "elect")
 
 def _launch() -> Any:
     try:
-        return importlib.import_module("lion_kernels.kernels.launch")
+        return importlib.import_module(".launch", __package__)
     except ImportError as error:
         raise RuntimeError(
             "CUDA tensors need triton >= 3.6, which CUDA builds of torch bring along: "
@@ -54,7 +55,7 @@ def _not_built(*_: Any) -> None:
 
 native.REQUIRED["cuda"] = require
 for _name in TRITON_OPS:
-    torch.library.impl(f"lion_kernels::{_name}", "CUDA")(_triton(_name))
+    torch.library.impl(f"{NAMESPACE}::{_name}", "CUDA")(_triton(_name))
 if not native.has_cuda:
     for _name in CUDA_OPS:
-        torch.library.impl(f"lion_kernels::{_name}", "CUDA")(_not_built)
+        torch.library.impl(f"{NAMESPACE}::{_name}", "CUDA")(_not_built)

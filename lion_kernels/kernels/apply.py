@@ -6,8 +6,8 @@ The arithmetic in words is reference.apply's.
 import triton
 import triton.language as tl
 
-from lion_kernels.kernels import bits
-from lion_kernels.kernels.rounding import begin, load_parameter, store_parameter
+from . import bits
+from .rounding import begin, load_parameter, store_parameter
 
 # Ranks whose flags each program reads by itself; more are joined first, by _any_kernel.
 RANKS = tl.constexpr(32)

@@ -7,8 +7,8 @@ arithmetic in words is reference.encode's.
 import triton
 import triton.language as tl
 
-from lion_kernels.kernels import bits
-from lion_kernels.kernels.momentum import load_momentum, store_momentum
+from . import bits
+from .momentum import load_momentum, store_momentum
 
 
 @triton.jit

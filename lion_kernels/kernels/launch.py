@@ -1,4 +1,4 @@
-"""Launchers of the Triton kernels: the ops of _ops.py on CUDA tensors, one launch for all tensors
+"""Launchers of the Triton kernels: the ops of ops.py on CUDA tensors, one launch for all tensors
 of a list with equal types.
 
 Checks, tables and scalars; no arithmetic, and nothing waits for the device: an lr, a grad scale or
@@ -14,14 +14,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lion_kernels import _ops
-from lion_kernels.coins import ROUNDING_STREAM, stream_key
-from lion_kernels.kernels.apply import FLAG_WORDS, RANKS, _any_kernel, _apply_kernel
-from lion_kernels.kernels.config import AGREEING, apply_config, encode_config, options, step_config
-from lion_kernels.kernels.encode import _encode_kernel
-from lion_kernels.kernels.step import _agreeing_kernel, _step_kernel
-from lion_kernels.kernels.table import Launches, check_dense, identity, rows_by_dtypes, tables
-from lion_kernels.layout import pack_flags
+from .. import ops
+from ..coins import ROUNDING_STREAM, stream_key
+from ..layout import pack_flags
+from .apply import FLAG_WORDS, RANKS, _any_kernel, _apply_kernel
+from .config import AGREEING, apply_config, encode_config, options, step_config
+from .encode import _encode_kernel
+from .step import _agreeing_kernel, _step_kernel
+from .table import Launches, check_dense, identity, rows_by_dtypes, tables
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -51,7 +51,7 @@ def _is_on_host(scalar: Tensor) -> bool:
 
 def _rate(lr: Tensor, device: torch.device) -> dict[str, int]:
     """lr as the launch takes it: float64 bits, or an address on the device and its bytes."""
-    _ops.check_one(lr, "lr")
+    ops.check_one(lr, "lr")
     if _is_on_host(lr):
         return {"lr": _bits(lr.item()), "lr_address": 0, "lr_bytes": 0}
     if lr.device != device or lr.dtype not in (torch.float32, torch.float64):
@@ -107,7 +107,7 @@ def _complements(beta1: float, beta2: float, maximize: bool) -> tuple[int, int]:
 
 def _rounding_of(rounding: str, dtype: torch.dtype) -> int:
     """The kernel's ROUNDING: float32 drops nothing."""
-    return 0 if dtype == torch.float32 else _ops.ROUNDINGS.index(rounding)
+    return 0 if dtype == torch.float32 else ops.ROUNDINGS.index(rounding)
 
 
 def _rounding_key(seed: int) -> int:
@@ -119,7 +119,7 @@ def _kept(params: Sequence[Tensor], lows: Sequence[Tensor] | None) -> list[Tenso
     if not lows:
         return [None] * len(params)
     pairs = zip(params, lows, strict=True)
-    return [None if _ops.low_dtype(p.dtype) is None else low for p, low in pairs]
+    return [None if ops.low_dtype(p.dtype) is None else low for p, low in pairs]
 
 
 def _used(exp_avgs: Sequence[Tensor], block_scales: Sequence[Tensor] | None) -> list[Tensor | None]:
@@ -161,7 +161,7 @@ def lion_step(
     device = params[0].device if params and params[0] is not None else lr.device
 
     def launches() -> Launches:
-        _ops.CHECKS["lion_step"](**given)
+        ops.CHECKS["lion_step"](**given)
         check_dense(params, "params", params, device)
         check_dense(grads, "grads", params)
         check_dense(exp_avgs, "exp_avgs", params)
@@ -227,7 +227,7 @@ def count_agreeing(
     device = agreeing.device
 
     def launches() -> Launches:
-        _ops.CHECKS["count_agreeing"](**given)
+        ops.CHECKS["count_agreeing"](**given)
         check_dense(grads, "grads", grads, device)
         check_dense(exp_avgs, "exp_avgs", grads)
         absent, used = [None] * len(grads), _used(exp_avgs, block_scales)
@@ -272,7 +272,7 @@ def encode(
     device = ballot.device
 
     def launches() -> Launches:
-        _ops.CHECKS["encode"](**given)
+        ops.CHECKS["encode"](**given)
         n_words = ballot.shape[0] * ballot.shape[2]
         _check_words(ballot, "ballot", device, n_words)
         _check_words(flags, "flags", device)
@@ -357,7 +357,7 @@ def apply(
     device = verdict.device
 
     def launches() -> Launches:
-        _ops.CHECKS["apply"](**given)
+        ops.CHECKS["apply"](**given)
         _check_words(verdict, "verdict", device, verdict.shape[0] * verdict.shape[2])
         _check_words(presence, "presence", device)
         check_dense(params, "params", params, device)

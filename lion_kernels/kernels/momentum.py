@@ -5,7 +5,7 @@ elements. The bits are those of csrc/simd/int8.h; every program has whole blocks
 import triton
 import triton.language as tl
 
-from lion_kernels.kernels import bits
+from . import bits
 
 BLOCK = tl.constexpr(128)
 STEPS = tl.constexpr(127.0)

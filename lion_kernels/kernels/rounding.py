@@ -7,7 +7,7 @@ keeps what was dropped. The bits are those of csrc/simd/rounding.h.
 import triton
 import triton.language as tl
 
-from lion_kernels.kernels import bits
+from . import bits
 
 NEAREST = tl.constexpr(0)
 STOCHASTIC = tl.constexpr(1)

@@ -7,9 +7,9 @@ The arithmetic in words is reference.lion_step's and reference.count_agreeing's.
 import triton
 import triton.language as tl
 
-from lion_kernels.kernels import bits
-from lion_kernels.kernels.momentum import load_momentum, store_momentum
-from lion_kernels.kernels.rounding import begin, load_parameter, store_parameter
+from . import bits
+from .momentum import load_momentum, store_momentum
+from .rounding import begin, load_parameter, store_parameter
 
 
 @triton.jit

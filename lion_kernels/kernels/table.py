@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lion_kernels import native
-from lion_kernels.capture import is_capturing
-from lion_kernels.kernels import bits
-from lion_kernels.layout import words_of
+from .. import native
+from ..capture import is_capturing
+from ..layout import words_of
+from . import bits
 
 # One tensor of a list: pointers of p, g, m, low and scale (0: absent), elements, first word, place.
 Row = tuple[int, int, int, int, int, int, int, int]

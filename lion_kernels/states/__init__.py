@@ -4,7 +4,7 @@ tensors.py makes and moves it, interchange.py reads and writes the saved states 
 loading.py brings a saved state in. A plain step needs the names below alone.
 """
 
-from lion_kernels.states.tensors import (
+from .tensors import (
     KEYS,
     block_scales_of,
     check_fits,

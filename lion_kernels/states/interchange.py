@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from lion_kernels.options import Settings, plain, settings_of
-from lion_kernels.shards import cut_as, is_distributed
-from lion_kernels.states.tensors import KEYS, exact_momentum
+from ..options import Settings, plain, settings_of
+from ..shards import cut_as, is_distributed
+from .tensors import KEYS, exact_momentum
 
 LIBRARIES = ("lion-pytorch", "google", "timm", "optimi", "bitsandbytes", "bitsandbytes-8bit")
 # Elements of a block of bitsandbytes' 8-bit states, newest first.

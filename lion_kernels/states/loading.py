@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from lion_kernels.checks import check_rescale, label
-from lion_kernels.options import check_options, merged_at_load, settings_of
-from lion_kernels.states import interchange, tensors
+from ..checks import check_rescale, label
+from ..options import check_options, merged_at_load, settings_of
+from . import interchange, tensors
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels import _ops
-from lion_kernels.capture import check_not_capturing
-from lion_kernels.dense import is_dense, storage_order
-from lion_kernels.int8 import blocks_of, in_blocks, read_momentum, write_momentum
-from lion_kernels.shards import cut_of, is_distributed, local, scales_like, zero_scales
+from .. import ops
+from ..capture import check_not_capturing
+from ..dense import is_dense, storage_order
+from ..int8 import blocks_of, in_blocks, read_momentum, write_momentum
+from ..shards import cut_of, is_distributed, local, scales_like, zero_scales
 
 KEYS = ("exp_avg", "exp_avg_scale", "compensation")
 
@@ -83,7 +83,7 @@ def momentum(state: dict[str, Tensor], p: Tensor, dtype: torch.dtype | None) -> 
 def compensation(state: dict[str, Tensor], p: Tensor) -> Tensor:
     """What compensated rounding keeps beside this rank's parameter, as the ops take it, made where
     it is missing; empty for a storage type that drops nothing."""
-    dtype = _ops.low_dtype(p.dtype)
+    dtype = ops.low_dtype(p.dtype)
     if dtype is None:
         return torch.empty(0, dtype=torch.float32, device=p.device)
     _follow(state, p)
@@ -189,7 +189,7 @@ def load_momentum(
 
 def load_compensation(state: dict[str, Tensor], p: Tensor, saved: dict[str, Tensor]) -> None:
     """Copy a saved compensation that is of this parameter's kind; any other is left."""
-    low, dtype = saved.get("compensation"), _ops.low_dtype(p.dtype)
+    low, dtype = saved.get("compensation"), ops.low_dtype(p.dtype)
     if low is None or dtype is None:
         return
     if low.dtype == torch.int16:  # until 0.1.0 that of a bfloat16 parameter was saved as integers

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_kernels.vote.wire import Transfer, Wire
+from .wire import Transfer, Wire
 
 # A labelled value that must be the same on every rank: ("shape of parameter 0 of group 0", (4, 5)).
 Fact = tuple[str, Any]

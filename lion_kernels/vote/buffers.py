@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lion_kernels.layout import BallotLayout
-from lion_kernels.vote.poll import Poll
+from ..layout import BallotLayout
+from .poll import Poll
 
 
 @dataclass(frozen=True)

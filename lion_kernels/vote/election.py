@@ -13,15 +13,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lion_kernels import _ops, double
-from lion_kernels.bucket import Bucket
-from lion_kernels.options import Settings
-from lion_kernels.scaling import Scaling
-from lion_kernels.vote.agreement import union_of
-from lion_kernels.vote.buffers import Buffers
-from lion_kernels.vote.exchange import EXCHANGES
-from lion_kernels.vote.poll import Poll
-from lion_kernels.vote.wire import Transfer, Wire
+from .. import double, ops
+from ..bucket import Bucket
+from ..options import Settings
+from ..scaling import Scaling
+from .agreement import union_of
+from .buffers import Buffers
+from .exchange import EXCHANGES
+from .poll import Poll
+from .wire import Transfer, Wire
 
 # Marks the seed of the coins of float64 ballots.
 _DOUBLES = 0x40
@@ -88,7 +88,7 @@ class Electorate:
             applied = double.ballot_settings(settings)
             # Other coins than those of the group's other ballot, at the same places.
             seed ^= _DOUBLES
-        _ops.encode(
+        ops.encode(
             encoded.grads, encoded.exp_avgs, buffers.ballot_planes,
             flags=buffers.ballot_flags, beta1=settings.betas[0],
             beta2=settings.betas[1], maximize=settings.maximize, seed=seed, rank=self.wire.rank,
@@ -99,7 +99,7 @@ class Electorate:
         )  # fmt: skip
         count = partial(self.poll.count, seed=seed, step=step)
         yield from self.exchange(self.wire, buffers, count)
-        _ops.apply(
+        ops.apply(
             encoded.params, buffers.verdict, buffers.presence,
             scale=self.poll.verdict_scale, lr=applied.lr, weight_decay=applied.weight_decay,
             step=step, found_inf=scaling.found_inf, rounding=applied.rounding, lows=encoded.lows,

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from lion_kernels.vote.buffers import Buffers
-from lion_kernels.vote.wire import Transfer, Wire
+from .buffers import Buffers
+from .wire import Transfer, Wire
 
 # (ballots (ranks, planes, words), verdict (planes, words), first word of the shard) -> None
 Count = Callable[[Tensor, Tensor, int], None]

@@ -9,8 +9,8 @@ from functools import cached_property
 
 from torch import Tensor
 
-from lion_kernels import _ops
-from lion_kernels.layout import MAX_SCALE
+from .. import ops
+from ..layout import MAX_SCALE
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,6 @@ class Poll:
         """The verdict (planes, words) of ballots (voters, planes, words), each int32. The words are
         those from ``first_word`` of the group on: coins are hashed from (seed, step, element)."""
         if self.aggregation == "average":
-            _ops.tally(ballots, verdict, self.scale)
+            ops.tally(ballots, verdict, self.scale)
         else:
-            _ops.elect(ballots, verdict, self.scale, first_word=first_word, seed=seed, step=step)
+            ops.elect(ballots, verdict, self.scale, first_word=first_word, seed=seed, step=step)

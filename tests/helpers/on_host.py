@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from lion_kernels import _ops
+from lion_kernels import ops
 
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror")
@@ -46,11 +46,11 @@ class OnHost:
         return self._library.lion_launches()
 
     def tally(self, ballots, tally, scale):
-        _ops.CHECKS["tally"](ballots, tally, scale)
+        ops.CHECKS["tally"](ballots, tally, scale)
         self._count(ballots, tally, scale)
 
     def elect(self, ballots, verdict, scale, first_word, seed, step):
-        _ops.CHECKS["elect"](ballots, verdict, scale, first_word, seed, step)
+        ops.CHECKS["elect"](ballots, verdict, scale, first_word, seed, step)
         self._count(ballots, verdict, scale, first_word, seed, step)
 
     def _count(self, ballots, out, scale, first_word=0, seed=0, step=None):

@@ -15,9 +15,9 @@ import torch
 import backends
 import lion_kernels
 from common import STORAGE_DTYPES, bits_equal, generator, lr_of, step_of
-from lion_kernels import _ops
 from lion_kernels.int8 import blocks_of
 from lion_kernels.layout import BallotLayout
+from lion_kernels.ops import ROUNDINGS, low_dtype
 
 SIZES = (1, 31, 33, 95, 127, 129, 513, 1025)  # around words, blocks of int8 and a chunk of them
 libc = ctypes.CDLL(None)
@@ -109,11 +109,11 @@ def test_step(level, place, dtype, m_dtype):
     )  # fmt: skip
     rest = {"lr": lr_of(1e-3), "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "maximize": False}
     rest |= {"params": p, "step": step_of(3), **count}
-    low = _ops.low_dtype(dtype)
+    low = low_dtype(dtype)
     lows = [torch.zeros(n, dtype=low) if low else torch.zeros(0) for n in SIZES]
     skip = {"nonfinite": torch.zeros(1, dtype=torch.int64), "cautious": True}
     for more in ({}, skip):
-        for rounding in _ops.ROUNDINGS:
+        for rounding in ROUNDINGS:
             kept = {"lows": lows} if rounding == "compensated" else {}
             scalars = ("lr", "step", "nonfinite")
             compare(level.lion_step, rest, place, scalars, rounding=rounding, **kept, **more)
@@ -150,7 +150,7 @@ def test_encode(level, place, dtype, m_dtype, planes):
 def test_apply(level, place, dtype, planes):
     gen = generator(3)
     p = floats(SIZES, dtype, gen)
-    low = _ops.low_dtype(dtype)
+    low = low_dtype(dtype)
     lows = [torch.zeros(n, dtype=low) if low else torch.zeros(0) for n in SIZES]
     for shards in (1, 3):
         layout = BallotLayout(SIZES, planes, shards)
@@ -158,7 +158,7 @@ def test_apply(level, place, dtype, planes):
             -(2**31), 2**31, (shards, planes, layout.words_per_shard), generator=gen
         )
         presence = torch.full((2, layout.flag_words), -2, dtype=torch.int32)  # all but the first
-        for rounding in _ops.ROUNDINGS:
+        for rounding in ROUNDINGS:
             kept = {"lows": lows} if rounding == "compensated" else {}
             for cautious in (False, True):
                 compare(

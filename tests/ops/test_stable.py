@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import bits_equal, generator, lr_of
-from lion_kernels import _ops, native
+from lion_kernels import native, ops
 
 OPTIONAL = {"grad_scale": torch.ones(1), "found_inf": torch.zeros(1)}
 
@@ -58,7 +58,7 @@ def tensors_of(arguments):
 
 
 @pytest.mark.parametrize("is_refused", [False, True])
-@pytest.mark.parametrize("name", _ops.SCHEMAS)
+@pytest.mark.parametrize("name", ops.SCHEMAS)
 def test_arguments_are_given_back(name, is_refused):
     """Also by a call that raises: a tensor that nothing holds any longer is gone."""
     arguments = dict(calls())[name]
@@ -68,13 +68,13 @@ def test_arguments_are_given_back(name, is_refused):
             [torch.ones(40).double()] if isinstance(arguments[first], list) else torch.ones(1)
         )
         with pytest.raises(ValueError):
-            getattr(_ops, name)(**arguments)
+            getattr(ops, name)(**arguments)
     else:
-        getattr(_ops, name)(**arguments)
+        getattr(ops, name)(**arguments)
     uses = [t._use_count() for t in tensors_of(arguments)]
     for _ in range(3):
         try:
-            getattr(_ops, name)(**arguments)
+            getattr(ops, name)(**arguments)
         except ValueError:
             assert is_refused
     assert [t._use_count() for t in tensors_of(arguments)] == uses
@@ -107,17 +107,17 @@ def test_dense_is_what_torch_calls_so(layout):
     arguments = ([p], [p.clone()], [torch.zeros_like(p)], lr_of(0.1), 0.9, 0.99, 0.0, False)
     if torch.ops.aten.is_non_overlapping_and_dense(p):
         m = torch.zeros(reach).as_strided(sizes, strides)
-        _ops.lion_step([p], [m.clone()], [m], *arguments[3:])
+        ops.lion_step([p], [m.clone()], [m], *arguments[3:])
     else:
         with pytest.raises(ValueError, match=r"params\[0\] must be dense"):
-            _ops.lion_step(*arguments)
+            ops.lion_step(*arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int32, torch.float32])
 def test_a_rate_of_any_dtype(dtype):
     p, q = torch.zeros(3), torch.zeros(3)
     for t, lr in ((p, torch.tensor(2, dtype=dtype)), (q, lr_of(2.0))):
-        _ops.lion_step([t], [torch.ones(3)], [torch.zeros(3)], lr, 0.9, 0.99, 0.0, False)
+        ops.lion_step([t], [torch.ones(3)], [torch.zeros(3)], lr, 0.9, 0.99, 0.0, False)
     assert torch.equal(p, q) and p[0] == -2.0
 
 
@@ -128,17 +128,17 @@ def test_negative_views():
     steps, votes = [], []
     for grad in (g, negative):
         p, m = torch.zeros(50), torch.zeros(50)
-        _ops.lion_step([p], [grad], [m], lr_of(0.1), 0.9, 0.99, 0.0, False)
+        ops.lion_step([p], [grad], [m], lr_of(0.1), 0.9, 0.99, 0.0, False)
         ballot, flags = ints(1, 1, 2), ints(1, 1)
         n, step, count = torch.zeros(50), ints(1).long(), ints(1).long()
-        _ops.encode([grad], [n], ballot, flags, 0.9, 0.99, False, 0, 0, step, count)
+        ops.encode([grad], [n], ballot, flags, 0.9, 0.99, False, 0, 0, step, count)
         steps.append((p, m))
         votes.append((ballot, n))
     for one, other in (steps, votes):
         assert all(bits_equal(a, b) for a, b in zip(one, other, strict=True))
     m = torch._neg_view(torch.zeros(50))
     with pytest.raises(ValueError, match="exp_avgs is written, and must hold no negative view"):
-        _ops.lion_step([torch.zeros(50)], [g], [m], lr_of(0.1), 0.9, 0.99, 0.0, False)
+        ops.lion_step([torch.zeros(50)], [g], [m], lr_of(0.1), 0.9, 0.99, 0.0, False)
 
 
 def test_threads():
@@ -148,7 +148,7 @@ def test_threads():
 
     def work(params, momenta):
         for _ in range(40):
-            _ops.lion_step(params, grads, momenta, lr_of(1.0), 0.9, 0.99, 0.0, False)
+            ops.lion_step(params, grads, momenta, lr_of(1.0), 0.9, 0.99, 0.0, False)
 
     threads = [threading.Thread(target=work, args=tensors[i : i + 2]) for i in range(0, 12, 2)]
     for thread in threads:

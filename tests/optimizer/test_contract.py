@@ -13,7 +13,7 @@ import torch
 
 import lion_kernels
 from common import bits_equal, generator
-from lion_kernels import Lion, _ops
+from lion_kernels import Lion, ops
 from lion_kernels.dense import overlaps
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ def test_every_op_raises_the_versions_of_what_it_writes():
         "elect": (words, out, 1, 0, 0, step),
         "apply": ([p], words, flags, 1, lr, 0.1, step),
     }
-    assert calls.keys() == _ops.SCHEMAS.keys()
+    assert calls.keys() == ops.SCHEMAS.keys()
     for name, args in calls.items():
         flat = [t for a in args for t in (a if isinstance(a, list) else [a])]
         tensors = [t for t in flat if isinstance(t, torch.Tensor)]
@@ -94,7 +94,7 @@ def test_every_op_raises_the_versions_of_what_it_writes():
             for t in (a if isinstance(a, list) else [a])
         ]
         before = {id(t): t._version for t in tensors}
-        getattr(_ops, name)(*args)
+        getattr(ops, name)(*args)
         for t in tensors:
             is_written = any(t is w for w in written)
             assert (t._version > before[id(t)]) == is_written, (name, t)
@@ -104,7 +104,7 @@ def test_a_step_over_tensors_of_inference_mode():
     """They have no version counter."""
     with torch.inference_mode():
         p, g, m = (torch.ones(32) for _ in range(3))
-    _ops.lion_step([p], [g], [m], torch.tensor(0.5), 0.9, 0.99, 0.0, False)
+    ops.lion_step([p], [g], [m], torch.tensor(0.5), 0.9, 0.99, 0.0, False)
     assert torch.equal(p, torch.full((32,), 0.5))
 
 

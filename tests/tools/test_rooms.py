@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import lion_kernels
-from lion_kernels import _ops, reference
+from lion_kernels import ops, reference
 
 PACKAGE = Path(lion_kernels.__file__).parent
 LEAVES = {
-    f"lion_kernels.{name}" for name in ("capture", "coins", "dense", "int8", "layout", "shards")
+    f"lion_kernels.{name}"
+    for name in ("_namespace", "capture", "coins", "dense", "int8", "layout", "shards")
 }
 KERNELS = "lion_kernels.kernels"
 REFERENCE = "lion_kernels.reference"
@@ -31,25 +32,25 @@ def modules():
     return found
 
 
-def imported(tree, known):
+def imported(path, known):
     """Which of the ``known`` modules a module imports, also within functions: of a package the
-    submodule, where it is one that is named."""
+    submodule, where it is one that is named. All imports within the package are relative."""
+    folders = ["lion_kernels", *path.relative_to(PACKAGE).parts[:-1]]
     found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports name the package"
-            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            above = folders[: len(folders) - node.level + 1]
+            module = ".".join([*above, node.module] if node.module else above)
+            inner = {f"{module}.{alias.name}" for alias in node.names}
             found |= inner & known
-            found |= set() if inner <= known else {node.module}
+            found |= set() if inner <= known else {module}
     return found & known
 
 
 def graph():
     """Every module of the package, and those that it imports."""
     paths = modules()
-    return {name: imported(ast.parse(path.read_text()), {*paths}) for name, path in paths.items()}
+    return {name: imported(path, {*paths}) for name, path in paths.items()}
 
 
 def is_within(module, package):
@@ -98,12 +99,12 @@ def test_launching_and_conformance_load_no_specification():
     assert REFERENCE not in loaded
 
 
-@pytest.mark.parametrize("name", _ops.SCHEMAS)
+@pytest.mark.parametrize("name", ops.SCHEMAS)
 def test_an_op_has_one_list_of_arguments(name):
     """The schema's, the check's and the specification's have the same names and defaults."""
     schema = getattr(torch.ops.lion_kernels, name).default._schema.arguments
     declared = [(a.name, a.default_value if a.has_default_value() else None) for a in schema]
-    for function in (getattr(_ops, name), _ops.CHECKS[name], getattr(reference, name)):
+    for function in (getattr(ops, name), ops.CHECKS[name], getattr(reference, name)):
         parameters = inspect.signature(function).parameters.values()
         defaults = [None if p.default is p.empty else p.default for p in parameters]
         assert list(zip([p.name for p in parameters], defaults, strict=True)) == declared
@@ -111,10 +112,10 @@ def test_an_op_has_one_list_of_arguments(name):
 
 def test_an_op_by_keyword_is_the_op():
     ballots, tally = torch.tensor([[[5]], [[3]]], dtype=torch.int32), torch.empty(2, 1).int()
-    _ops.tally(ballots=ballots, scale=2, tally=tally)
+    ops.tally(ballots=ballots, scale=2, tally=tally)
     assert tally.flatten().tolist() == [5 ^ 3, 5 & 3]
     params, grads, momenta = ([torch.ones(3)] for _ in range(3))
-    _ops.lion_step(
+    ops.lion_step(
         params, grads, momenta, lr=torch.tensor(0.5), beta1=0.25, beta2=0.5, weight_decay=0.0,
         maximize=True,
     )  # fmt: skip

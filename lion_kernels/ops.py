@@ -1,9 +1,9 @@
 """The op table: an op is one block, which says what it computes, from what, and what it refuses.
 
-Back ends register into it: the CPU's from csrc/, when ``lion_kernels._C`` is loaded; the GPU's from
-kernels/. All ops write into buffers that the caller owns and return nothing. Lists may mix sizes
-and dtypes; ballots, tallies and verdicts are int32 planes as layout.py lays them out. reference.py
-has the formulas.
+Back ends register into it: the CPU's from csrc/, when native.py loads it; the GPU's from kernels/.
+All ops write into buffers that the caller owns and return nothing. Lists may mix sizes and dtypes;
+ballots, tallies and verdicts are int32 planes as layout.py lays them out. reference.py has the
+formulas.
 """
 
 import functools
@@ -14,8 +14,9 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from lion_kernels.int8 import blocks_of
-from lion_kernels.layout import BITS_PER_WORD, MAX_SCALE, words_of
+from ._namespace import NAMESPACE
+from .int8 import blocks_of
+from .layout import BITS_PER_WORD, MAX_SCALE, words_of
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 STORAGE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
@@ -164,7 +165,11 @@ def _check_counter(tensor: Tensor | None, name: str) -> None:
 
 
 _P = ParamSpec("_P")
-NAMESPACE = "lion_kernels"
+if hasattr(getattr(torch.ops, NAMESPACE), "lion_step"):
+    raise ImportError(
+        f"another lion_kernels has its ops in torch.ops.{NAMESPACE} already: two in one process "
+        "need two namespaces, see _namespace.py"
+    )
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 SCHEMAS: dict[str, str] = {}
 CHECKS: dict[str, Callable[..., None]] = {}
