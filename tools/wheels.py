@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +24,17 @@ OF_TORCH = ("libtorch*.so", "libc10*.so")
 OURS = re.compile(r"(_C\.[^/]+|_cuda)\.so")
 # The programs beside the interpreter come first: auditwheel takes the patchelf that it finds.
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def check_tools(builds: bool) -> None:
+    modules = [name for name in ("build", "auditwheel") if builds and find_spec(name) is None]
+    programs = ("patchelf", "torch-abi-audit") if builds else ("torch-abi-audit",)
+    missing = modules + [name for name in programs if shutil.which(name, path=ENV["PATH"]) is None]
+    if missing:
+        sys.exit(
+            f"{sys.executable} lacks {', '.join(missing)}: install what the extra release in "
+            "pyproject.toml names (torch-abi-audit needs Python 3.11; any one on PATH will do)"
+        )
 
 
 def run(*command: object) -> None:
@@ -59,8 +71,6 @@ def build() -> Path:
 def report_on(wheel: Path) -> tuple[dict, str]:
     """What torch-abi-audit says of a wheel's package, and the oldest torch that it asks for."""
     program = shutil.which("torch-abi-audit", path=ENV["PATH"])
-    if program is None:
-        sys.exit("there is no torch-abi-audit on PATH: install it with Python 3.11 or newer")
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as file:
         file.extractall(folder)
         (metadata,) = Path(folder).glob("*.dist-info/METADATA")
@@ -105,5 +115,6 @@ def audit(wheel: Path) -> bool:
 
 
 if __name__ == "__main__":
+    check_tools(builds=not sys.argv[1:])
     wheels = [Path(name) for name in sys.argv[1:]] or [build()]
     sys.exit(not all([audit(wheel) for wheel in wheels]))
