@@ -65,7 +65,7 @@ def require() -> None:
     if _C is None:
         raise RuntimeError(
             "lion_kernels was not built for this Python: run "
-            f"`pip install --no-build-isolation .` in its source ({_load_error})"
+            f"`pip install .` in its source ({_load_error})"
         )
 
 

@@ -37,7 +37,7 @@ def require(vote: bool) -> None:
 
 _NOT_BUILT = (
     "lion_kernels was built without CUDA, which counting votes on CUDA tensors needs: run "
-    "`LION_KERNELS_CUDA=1 pip install --no-build-isolation .` in its source, with a CUDA build of "
+    "`LION_KERNELS_CUDA=1 pip install .` in its source, with a CUDA build of "
     "torch and nvcc"
 )
 

@@ -57,6 +57,8 @@ def built(tmp_path_factory):
     nvcc = tool("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
+    if compiler() is None:
+        pytest.skip("no C++ compiler, which nvcc needs")
     known = run(nvcc, "--list-gpu-arch").split()
     archs = [arch for arch in ARCHS if f"compute_{arch}" in known]
     assert archs, f"nvcc knows only {known}"

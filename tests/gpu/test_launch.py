@@ -225,7 +225,7 @@ def test_what_is_missing_is_said(monkeypatch):
     with FakeTensorMode():
         params = [torch.nn.Parameter(torch.zeros(5, device="cuda"))]
         Lion(params)  # one device needs Triton alone
-        monkeypatch.setattr(native, "build_info", lambda: {"cuda": False})
+        monkeypatch.setattr(native, "has_cuda", False)
         with pytest.raises(RuntimeError, match=r"built without CUDA.*LION_KERNELS_CUDA=1"):
             kernels.require(vote=True)
         monkeypatch.setitem(sys.modules, "lion_kernels.kernels.launch", None)

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from lion_kernels import ops
 
 HERE = Path(__file__).parent
@@ -32,6 +34,8 @@ class OnHost:
         library = Path(directory) / "tally_on_host.so"
         if not library.exists():
             source = HERE / "tally_on_host.cpp"
+            if compiler() is None:
+                pytest.skip("no C++ compiler")
             command = [compiler(), *FLAGS, *TRAP, "-shared", f"-I{HERE.parents[1] / 'csrc'}"]
             subprocess.run([*command, "-o", str(library), str(source)], check=True)
         self._library = ctypes.CDLL(str(library))

@@ -8,8 +8,12 @@ import torch
 from common import bits_equal, generator
 from eager import OPTIONS
 from lion_kernels import Lion
+from on_host import compiler
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(compiler() is None, reason="torch.compile needs a C++ compiler"),
+]
 
 
 def test_beside_a_compiled_model():

@@ -60,8 +60,8 @@ def test_a_wrapper_script_is_asked_for_the_toolkit_behind_it(tmp_path):
 
 def test_a_wrapper_of_the_nvcc_that_is_here(tmp_path):
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if nvcc is None:
-        pytest.skip("no nvcc on PATH or in /usr/local/cuda")
+    if nvcc is None or shutil.which("c++") is None:
+        pytest.skip("no nvcc on PATH or in /usr/local/cuda, or no compiler, which it needs")
     script(tmp_path / "bin" / "nvcc", f'exec {nvcc} "$@"')
     home = found(tmp_path / "bin" / "nvcc")[-1]
     assert (Path(home) / "include" / "cuda_runtime.h").is_file()
