@@ -11,6 +11,7 @@
 #include "identity.h"
 #include "register.h"
 #include "simd/levels.h"
+#include "stable/errors.h"
 
 #ifndef LION_KERNELS_VERSION
 #error "setup.py defines LION_KERNELS_VERSION"
@@ -71,6 +72,7 @@ py::list odd_gradients(const py::bytes& known, const py::object& tensors, const 
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
+  m.def("take_refusal", &lion::take_refusal);
   m.def("register_ops", &register_ops, py::arg("name_space"));
   // Use the kernels of one of build_info()['simd_levels']; for tests.
   m.def("set_simd_level", &lion::set_simd_level, py::arg("name"));

@@ -30,14 +30,17 @@ has_cuda = False
 
 
 def _register_cuda() -> None:
-    register = ctypes.CDLL(str(_CUDA)).lion_kernels_register
-    register.restype = ctypes.c_char_p
+    library = ctypes.CDLL(str(_CUDA))
+    register, take_refusal = library.lion_kernels_register, library.lion_kernels_take_refusal
+    register.restype = take_refusal.restype = ctypes.c_char_p
     if error := register(NAMESPACE.encode()):
         raise RuntimeError(error.decode())
+    ops.REFUSALS.append(lambda: take_refusal().decode())
 
 
 if _C is not None:
     has_cuda = _C.register_ops(NAMESPACE)
+    ops.REFUSALS.append(_C.take_refusal)
     if torch.version.cuda is not None and _CUDA.is_file():
         _register_cuda()
         has_cuda = True

@@ -66,7 +66,14 @@ void register_cuda_ops(const char* name_space) {
 
 }  // namespace lion
 
-// For ctypes. What went wrong, or null.
+// For ctypes, as is what follows.
+extern "C" __attribute__((visibility("default"))) const char* lion_kernels_take_refusal() {
+  static thread_local std::string refusal;
+  refusal = lion::take_refusal();
+  return refusal.c_str();
+}
+
+// What went wrong, or null.
 extern "C" __attribute__((visibility("default"))) const char* lion_kernels_register(
     const char* name_space) {
   static std::string error;

@@ -15,6 +15,7 @@
 #include "identity.h"
 #include "register.h"
 #include "simd/levels.h"
+#include "stable/errors.h"
 #include "version.h"
 
 namespace {
@@ -74,6 +75,10 @@ PyObject* register_ops(PyObject*, PyObject* args) {
   });
 }
 
+PyObject* take_refusal(PyObject*, PyObject*) {
+  return calling([] { return PyUnicode_FromString(lion::take_refusal().c_str()); });
+}
+
 PyObject* set_simd_level(PyObject*, PyObject* args) {
   const char* name = nullptr;
   if (!PyArg_ParseTuple(args, "s", &name)) return nullptr;
@@ -121,6 +126,7 @@ PyObject* odd_gradients(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS, nullptr},
     {"register_ops", register_ops, METH_VARARGS, nullptr},
+    {"take_refusal", take_refusal, METH_NOARGS, nullptr},
     {"set_simd_level", set_simd_level, METH_VARARGS, nullptr},
     {"identity", identity, METH_VARARGS, nullptr},
     {"odd_gradients", odd_gradients, METH_VARARGS, nullptr},

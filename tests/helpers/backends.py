@@ -19,7 +19,7 @@ import numpy as np
 from triton.runtime import interpreter
 
 import on_host
-from lion_kernels import _C, build_info, reference
+from lion_kernels import _C, build_info, ops, reference
 from lion_kernels.kernels import launch
 
 SIMD_LEVELS = build_info()["simd_levels"]
@@ -153,4 +153,4 @@ def select(name):
         return gpu(), lambda: None
     before = build_info()["simd"]
     _C.set_simd_level(name)
-    return torch.ops.lion_kernels, lambda: _C.set_simd_level(before)
+    return ops, lambda: _C.set_simd_level(before)

@@ -6,9 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import backends
 from common import generator, lr_of, no_counts, step_of
-from lion_kernels import native, reference
-
-ops = torch.ops.lion_kernels
+from lion_kernels import native, ops, reference
 
 
 def arguments():
@@ -44,7 +42,7 @@ def arguments():
 
 @pytest.mark.parametrize("name", arguments())
 def test_opcheck(name):
-    op = getattr(ops, name.split(",")[0]).default
+    op = getattr(torch.ops.lion_kernels, name.split(",")[0]).default
     torch.library.opcheck(op, arguments()[name])
 
 
