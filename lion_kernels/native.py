@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops as ops  # declares what the libraries implement
+from . import declare
+from . import ops as ops  # what the libraries implement
 from ._namespace import MODULE, NAMESPACE
 
 OLDEST_TORCH = (2, 11)
@@ -35,12 +36,12 @@ def _register_cuda() -> None:
     register.restype = take_refusal.restype = ctypes.c_char_p
     if error := register(NAMESPACE.encode()):
         raise RuntimeError(error.decode())
-    ops.REFUSALS.append(lambda: take_refusal().decode())
+    declare.REFUSALS.append(lambda: take_refusal().decode())
 
 
 if _C is not None:
     has_cuda = _C.register_ops(NAMESPACE)
-    ops.REFUSALS.append(_C.take_refusal)
+    declare.REFUSALS.append(_C.take_refusal)
     if torch.version.cuda is not None and _CUDA.is_file():
         _register_cuda()
         has_cuda = True

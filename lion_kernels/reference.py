@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .coins import GAMMA, ROUNDING_STREAM, TIE_STREAM, mix64, stream_key
+from .declare import checked
 from .dense import like_storage, storage_order
 from .int8 import read_momentum, write_momentum
 from .layout import BITS_PER_WORD, words_of
-from .ops import checked
 
 
 def unpack(planes: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 // How the ops refuse: std::invalid_argument, which arrives in Python as ValueError, up to
-// torch 2.14. Torch 2.15 makes a RuntimeError of all that an op throws: lion_kernels/ops.py asks
-// what it was.
+// torch 2.14. Torch 2.15 makes a RuntimeError of all that an op throws: lion_kernels/declare.py
+// asks what it was.
 #pragma once
 
 #include <sstream>

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import bits_equal, generator, lr_of
-from lion_kernels import native, ops
+from lion_kernels import declare, native, ops
 
 OPTIONAL = {"grad_scale": torch.ones(1), "found_inf": torch.zeros(1)}
 
@@ -139,6 +139,21 @@ def test_negative_views():
     m = torch._neg_view(torch.zeros(50))
     with pytest.raises(ValueError, match="exp_avgs is written, and must hold no negative view"):
         ops.lion_step([torch.zeros(50)], [g], [m], lr_of(0.1), 0.9, 0.99, 0.0, False)
+
+
+@pytest.mark.parametrize("behind", ["", "\nException raised from ..."])
+def test_a_refusal_is_a_value_error(behind):
+    """Torch 2.15 makes a RuntimeError of it; what a thread refused last is known, once."""
+    words, out = ints(1, 1, 4), ints(2, 4)
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        torch.ops.lion_kernels.tally(words, out, 1)
+    refusal = RuntimeError(f"{raised.value}{behind}")
+    thrown = declare.as_thrown(refusal)
+    assert type(thrown) is ValueError
+    assert str(thrown) == str(raised.value) == "tally must have 1 planes for scale 1, got 2"
+    assert declare.as_thrown(refusal) is refusal
+    other = RuntimeError("out of memory")
+    assert declare.as_thrown(other) is other
 
 
 def test_threads():

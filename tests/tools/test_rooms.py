@@ -17,7 +17,7 @@ from lion_kernels import ops, reference
 PACKAGE = Path(lion_kernels.__file__).parent
 LEAVES = {
     f"lion_kernels.{name}"
-    for name in ("_namespace", "capture", "coins", "dense", "int8", "layout", "shards")
+    for name in ("_namespace", "capture", "coins", "declare", "dense", "int8", "layout", "shards")
 }
 KERNELS = "lion_kernels.kernels"
 REFERENCE = "lion_kernels.reference"
