@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ["tests/ops", "tests/vote/test_exchange.py", "tests/optimizer/test_contract.py"]
 USERS = [
     "tests/optimizer", "tests/states", "tests/vote", "tests/ops/test_rounding.py",
-    "tests/ops/test_momentum.py",
+    "tests/ops/test_momentum.py", "tests/ops/test_declare.py",
 ]  # fmt: skip
 GPU = ["tests/ops", "tests/gpu/test_launch.py"]
 
