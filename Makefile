@@ -5,7 +5,8 @@
 #   make quick               under a minute: leaves out tests/gpu, tests/tools and what is marked
 #                            slow: kernels in Triton's interpreter, conformance, gradient release,
 #                            torch.compile, a language model
-#   make PY=python3 test     that interpreter as it is: installs nothing, works offline
+#   make PY=python3 test     that interpreter as it is: installs nothing, works offline; it needs
+#                            torch, setuptools, ninja and pybind11, and pytest to test
 #   make PY=python3 INSTALLED=1 train | test | quick
 #                            with the lion_kernels that is installed there: builds nothing
 #   make wheel               into dist/: a source distribution and a wheel, audited
@@ -33,7 +34,7 @@ ifdef INSTALLED
   IN_COPY := cd build/installed &&
 endif
 
-SOURCES := setup.py lion_kernels/_version.py $(shell find csrc -type f)
+SOURCES := setup.py $(addprefix lion_kernels/,_about.py _version.py ops.py) $(shell find csrc -type f)
 # What clang-format keeps.
 NATIVE := $(shell find csrc bench tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 BUILT := build/.built
@@ -137,7 +138,7 @@ $(BUILT): $(ENV) $(SOURCES)
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'lion_kernels needs Python 3.10 or newer, got ' + sys.version.split()[0])"
-	@command -v $${CXX:-c++} > /dev/null || { echo "lion_kernels needs a C++ compiler, and $${CXX:-c++} is not there: install g++ or set CXX"; exit 1; }
+	@set -- $${CXX:-c++}; command -v "$$1" > /dev/null || { echo "lion_kernels needs a C++ compiler, and $$1 is not there: install g++ or set CXX"; exit 1; }
 	@echo "creating .venv and building into it (some minutes, once) ..."
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install -q torch==2.13.0 'setuptools>=77' wheel pybind11 ninja numpy

@@ -10,8 +10,9 @@ compared with lion_kernels.reference before it is timed. Ratios are medians of p
 import argparse
 import ctypes
 import importlib
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ import lion_kernels
 import timing
 from lion_kernels import ops, reference
 from lion_kernels.int8 import MOMENTUM_BLOCK
-from lion_kernels.layout import words_of
+from lion_kernels.layout import BallotLayout, words_of
 from lion_kernels.vote.buffers import Buffers
 from lion_kernels.vote.poll import Poll
 from timing import Case, Result
@@ -59,6 +60,15 @@ def random_ballots(n: int, planes: int, words: int, device: str | torch.device =
     return ballots
 
 
+def trailers_of(
+    layout: BallotLayout, present: int = -1, device: str | torch.device = "cpu"
+) -> Tensor:
+    """Trailers (1, words) of a rank that is ready; ``present``: a bit a tensor."""
+    trailers = torch.zeros(1, layout.trailer_words, dtype=torch.int32, device=device)
+    trailers[:, : layout.flag_words] = present
+    return trailers
+
+
 # Correct first: a kernel that differs from the reference has no time.
 
 
@@ -77,47 +87,68 @@ def check_elementwise(dtype: torch.dtype) -> list[str]:
     """Names of the elementwise ops that are wrong on tensors of ragged sizes."""
     sizes = (50_021, 1, 33, 4_096)
     p, g, m = ([torch.randn(n).to(dtype) for n in sizes] for _ in range(3))
-    words, counter = sum(map(words_of, sizes)) + 3, torch.zeros(1, dtype=torch.int64)
-    wrong, presence = [], torch.tensor([[0b1101]], dtype=torch.int32)
+    g[0][320:640] = m[0][320:640] = 0.0  # words that are blank
+    wrong, counter = [], torch.zeros(1, dtype=torch.int64)
     elements = {"grads": g, "exp_avgs": m}
     for skip in (None, counter):
         args = {"params": p, **elements, **RATES, **BETAS, "maximize": False, "nonfinite": skip}
         if differs("lion_step", args, [*p, *m, counter]):
             wrong.append("lion_step")
     for planes in (1, 2):
-        ballot = random_words(1, planes, words)
-        flags = random_words(1, 4)
-        buffers = {"ballot": ballot, "flags": flags, "nonfinite": counter}
-        args = {**elements, **buffers, **BETAS, "maximize": False, "seed": 0, "rank": 1}
-        args["step"] = STEP
-        if differs("encode", args, [*m, ballot, flags, counter]):
+        layout = BallotLayout(sizes, planes, 1)
+        chunks = random_words(1, layout.chunk_words)
+        args = {**elements, **BETAS, "maximize": False, "seed": 0, "rank": 1, "step": STEP}
+        args |= {"ballot": layout.planes_of(chunks), "blanks": layout.blanks_of(chunks)}
+        args |= {"trailers": layout.trailers_of(chunks), "shared": STEP.view(1)}
+        args |= {"trailer": random_words(layout.trailer_words), "nonfinite": counter}
+        if differs("encode", args, [*m, chunks, counter]):
             wrong.append(f"encode, {planes} plane")
-        verdict = random_ballots(1, planes, words)
+        verdict = random_ballots(1, planes, layout.words_per_shard)
+        blanks = random_words(1, layout.blank_words) if planes == 1 else None
         step = torch.zeros(1, dtype=torch.int64)
-        args = {"params": p, "verdict": verdict, "presence": presence, "scale": planes, **RATES}
-        args["step"] = step
+        args = {"params": p, "verdict": verdict, "blanks": blanks, "scale": planes, **RATES}
+        args |= {"step": step, "trailers": trailers_of(layout, 0b1101)}
         if differs("apply", args, [*p, step]):
             wrong.append(f"apply, {planes} plane")
     return [f"{name}, {dtype}" for name in wrong]
 
 
+def counts(
+    poll: Poll, ballots: Tensor, blanks: Tensor | None
+) -> Iterator[tuple[str, dict[str, Any], list[Tensor]]]:
+    """Every op that counts such ballots: its name, what it takes, and what of it it writes."""
+    n_words, can_tie = ballots.shape[2], poll.scale % 2 == 0
+    rest = {"ballots": ballots, "scale": poll.scale, "first_word": 5, "seed": 0, "step": STEP}
+    rest |= {"blanks": blanks, "weights": poll.weights_on(ballots.device)}
+    found = [("tally", "tally", poll.tally_planes, can_tie), ("elect", "verdict", 1, False)]
+    for op, name, planes, says_zero in [*found, ("elect", "verdict", 2, True)][: 2 + can_tie]:
+        written = [random_words(planes, n_words)]
+        args = {name: written[0], **rest}
+        if blanks is not None and not says_zero:
+            args["out_blanks"] = random_words(1, words_of(n_words))
+            written.append(args["out_blanks"])
+        yield op, args, written
+
+
 def check_counts(ops: object = OPS) -> list[str]:
-    """Names of the counting ops that are wrong on ballots of a ragged length."""
-    wrong = []
+    """Names of the counting ops that are wrong on ballots of a ragged length, of whose words one in
+    eight is blank."""
+    wrong, n_words = [], 1_003
     for n, kind in (
         (1, "binary"), (4, "binary"), (8, "binary"), (8, "ternary"), (11, "ternary"), (64, "binary")
     ):  # fmt: skip
-        poll = Poll(n, ballots=kind)
-        ballots = random_ballots(n, poll.ballot_planes, 1_003)
-        counted = {"ballots": ballots, "scale": poll.scale}
-        out = random_words(poll.tally_planes, 1_003)
-        if differs("tally", {"tally": out, **counted}, [out], ops):
-            wrong.append(f"tally, {n} {kind} ballots")
-        for planes in {1, poll.verdict_planes}:
-            out = random_words(planes, 1_003)
-            args = {"verdict": out, **counted, "first_word": 5, "seed": 0, "step": STEP}
-            if differs("elect", args, [out], ops):
-                wrong.append(f"elect to {planes}, {n} {kind} ballots")
+        some = random_words(n, words_of(n_words))
+        some &= random_words(*some.shape) & random_words(*some.shape)
+        some[:, -1] &= 2 ** (n_words % 32) - 1
+        for weights, blanks in itertools.product(
+            (None, tuple(range(1, n + 1))), (None, some) if kind == "binary" else (None,)
+        ):
+            poll = Poll(n, ballots=kind, weights=weights)
+            ballots = random_ballots(n, poll.ballot_planes, n_words)
+            more = ", blank words" * (blanks is not None) + ", weights" * (weights is not None)
+            for op, args, written in counts(poll, ballots, blanks):
+                if differs(op, args, written, ops):
+                    wrong.append(f"{op} to {len(written[0])}, {n} {kind} ballots{more}")
     return wrong
 
 
@@ -201,34 +232,38 @@ def elementwise_cases(plain: ctypes.CDLL, dtype: torch.dtype, n: int) -> list[Ca
     """Each op after its plain loop, on the same buffers."""
     p, g, m = (torch.randn(n).to(dtype) for _ in range(3))
     size, counter = p.element_size(), torch.zeros(1, dtype=torch.int64)
-    present = torch.ones(1, 4, dtype=torch.int32)
-    ballot, two_planes = (random_ballots(1, planes, words_of(n)) for planes in (1, 2))
+    layout = BallotLayout((n,), 1, 1)
+    ballot, two_planes = (random_ballots(1, k, layout.words_per_shard) for k in (1, 2))
+    blanks = torch.zeros(1, layout.blank_words, dtype=torch.int32)
+    trailers = trailers_of(layout)
     suffix, kind = ("", "fp32") if dtype == torch.float32 else ("_bf16", "bf16")
     pointer, count = (lambda t: ctypes.c_void_p(t.data_ptr())), ctypes.c_int64(n)
     cases = []
 
     def pair(name: str, op: Callable, loop: str, on: list[Tensor], planes: int):
-        # A plane of bits is one eighth of a byte an element; the plain loop has none.
+        # A plane of bits is one eighth of a byte an element, and one plane has a blank bit a word;
+        # the plain loop has neither.
         loop_bytes = {"read3_write2": 5, "read2_write1": 3, "read1_write1": 2}[loop] * size * n
         call = partial(getattr(plain, loop + suffix), *map(pointer, on), count)
         loop_name = f"plain {loop}, {kind}"
         if all(case.name != loop_name for case in cases):
             # The tensors go along: the pointers alone would not keep them.
             cases.append(Case(loop_name, lambda call=call, on=on: call(), loop_bytes))
-        n_bytes = loop_bytes + planes * n // 8
+        n_bytes = loop_bytes + planes * n // 8 + planes % 2 * n // 256
         cases.append(Case(f"{name}, {kind}", op, n_bytes, loop_name, 0.85))
 
     step = partial(OPS.lion_step, [p], [g], [m], **RATES, **BETAS, maximize=False)
     pair("lion_step", step, "read3_write2", [p, g, m], 0)
-    flags = torch.zeros(1, 4, dtype=torch.int32)
     encode = partial(
-        OPS.encode, [g], [m], ballot, flags=flags, **BETAS, maximize=False, seed=0, rank=0,
-        step=STEP, nonfinite=counter,
+        OPS.encode, [g], [m], ballot, blanks, **BETAS, maximize=False, seed=0, rank=0, step=STEP,
+        nonfinite=counter, trailers=trailers.clone(), trailer=trailers[0], shared=STEP.view(1),
     )  # fmt: skip
     pair("encode", encode, "read2_write1", [g, m], 1)
-    for planes, verdict in ((1, ballot), (2, two_planes)):
+    for planes, verdict, of_verdict in ((1, ballot, blanks), (2, two_planes, None)):
         steps = torch.zeros(1, dtype=torch.int64)
-        apply = partial(OPS.apply, [p], verdict, present, scale=planes, **RATES, step=steps)
+        apply = partial(
+            OPS.apply, [p], verdict, of_verdict, trailers, scale=planes, **RATES, step=steps
+        )
         pair(f"apply, {planes} plane", apply, "read1_write1", [p], planes)
     return cases
 
@@ -240,7 +275,7 @@ def ops_section(how: timing.How, quick: bool) -> list[Result]:
         cases = elementwise_cases(plain, dtype, n)
         results += timing.measure(cases, how, "ops", timing.rate_ratio)
     print(timing.table(results, "of plain loop"))
-    print("bytes an element: read plus written, one eighth for each plane of bits")
+    print("bytes an element: read plus written, 1/8 for a plane of bits, 1/256 for blank bits")
     return results
 
 
@@ -288,7 +323,8 @@ def options_section(how: timing.How, quick: bool) -> list[Result]:
 
 
 def count_cases(plain: ctypes.CDLL, poll: Poll, words: int) -> list[Case]:
-    """tally and elect of ballots after a copy that reads and writes as many bytes as tally."""
+    """tally and elect of ballots after a copy that reads and writes as many bytes as tally. Of
+    binary ballots no word is blank, or one in 1024 ("blank words"), so that every strip has one."""
     ballots = random_ballots(poll.voters, poll.ballot_planes, words)
     tally, verdict = random_words(poll.tally_planes, words), random_words(2, words)
     coin = random_words(1, words)
@@ -304,14 +340,27 @@ def count_cases(plain: ctypes.CDLL, poll: Poll, words: int) -> list[Case]:
         plain.copy(*args, ctypes.c_int64(total // 8))
 
     cases = [Case(copy, run_copy, total // 8 * 8)]
-    place = {"first_word": 0, "seed": 0, "step": STEP}
-    for name, op, out, rest in (
-        ("tally", OPS.tally, tally, {}),
-        ("elect", OPS.elect, verdict, place),
-        ("elect with coins", OPS.elect, coin, place),
-    ):
-        call = partial(op, ballots, out, poll.scale, **rest)
-        n_bytes, target = ballots.nbytes + out.nbytes, 0.7 if poll.voters == 8 else None
+    rest = {"scale": poll.scale, "first_word": 0, "seed": 0, "step": STEP}
+    blanks = some = of_coin = None
+    if poll.ballots == "binary":
+        blanks, of_coin = (
+            torch.zeros(rows, words_of(words), dtype=torch.int32) for rows in (poll.voters, 1)
+        )
+        some = blanks.clone()
+        some[:, ::32] = 1
+    weights = torch.ones(poll.voters, dtype=torch.int32)
+    counts = [
+        ("tally", OPS.tally, tally, {"blanks": blanks}),
+        ("elect", OPS.elect, verdict, {"blanks": blanks}),
+        ("elect with coins", OPS.elect, coin, {"blanks": blanks, "out_blanks": of_coin}),
+        ("elect, weights", OPS.elect, verdict, {"blanks": blanks, "weights": weights}),
+    ]
+    if some is not None:
+        counts.append(("elect, blank words", OPS.elect, verdict, {"blanks": some}))
+    for name, op, out, more in counts:
+        call = partial(op, ballots, out, **rest, **more)
+        n_bytes = ballots.nbytes + out.nbytes + (0 if blanks is None else blanks.nbytes)
+        target = 0.7 if poll.voters == 8 and "," not in name else None
         cases.append(Case(f"{name}, {kind}", call, n_bytes, copy, target))
     return cases
 
@@ -327,7 +376,7 @@ def tally_section(how: timing.How, quick: bool) -> list[Result]:
         (64, "binary", 500_000),
         (64, "binary", 2**19),
     ):
-        cases = count_cases(plain, Poll(n, ballots=kind), words // shrink // 4 * 4)
+        cases = count_cases(plain, Poll(n, ballots=kind), words // shrink // 8 * 8)
         results += timing.measure(cases, how, "tally", timing.rate_ratio)
     print(timing.table(results, "of copy"))
     print("bytes: ballots read plus planes written; the copy counts what it reads and writes")
@@ -345,7 +394,7 @@ def memory_section() -> list[dict[str, object]]:
         for ties in ("zero", "coin"):
             # On the meta device the storages have a size and no memory.
             poll = Poll(world_size, ties=ties)
-            buffers = Buffers.allocate(numels, poll, True, torch.device("meta"))
+            buffers = Buffers.allocate(numels, poll, True, 0, torch.device("meta"))
             tensors = (t for t in vars(buffers).values() if isinstance(t, Tensor))
             storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}
             per_parameter = sum(storages.values()) / sum(numels)

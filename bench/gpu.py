@@ -29,6 +29,7 @@ import peers
 import timing
 import workload
 from cpu import FUSED, OPS, SETTINGS, gpt2_shapes, random_ballots, random_words
+from lion_kernels.layout import OCTET, blank_words
 from lion_kernels.vote.poll import Poll
 from peers import KINDS, OURS, parameters
 from timing import Case, Report, Result
@@ -161,8 +162,8 @@ def flat_shares(bench: Bench, n: int, kind: str) -> list[Result]:
 
 
 def ops_section(bench: Bench, report: Report) -> None:
-    title = "each op on one flat tensor, in one launch; bytes read plus written, one eighth an "
-    title += "element for each plane of bits; share of a plain kernel with that mix of them"
+    title = "each op on one flat tensor, in one launch; bytes read plus written, 1/8 an element "
+    title += "for a plane of bits, 1/256 for blank bits; share of a plain kernel with that mix"
     for n in bench.flat:
         for kind, (p_dtype, m_dtype) in KINDS.items():
             # Of some workloads; a momentum is drawn in float32 and then stored.
@@ -175,22 +176,26 @@ def ops_section(bench: Bench, report: Report) -> None:
 
 
 def tally_section(bench: Bench, report: Report) -> None:
-    title = f"{bench.ballot_bytes / 1e6:.3g} MB of ballots; bytes: ballots read, planes written"
+    title = f"{bench.ballot_bytes / 1e6:.3g} MB of ballots, none blank; bytes: ballots and their "
+    title += "blank bits read, planes written"
     for n, kind in ((8, "binary"), (64, "binary"), (2, "binary"), (8, "ternary")):
         poll = Poll(n, ballots=kind)
-        words = bench.ballot_bytes // (4 * n * poll.ballot_planes) // 4 * 4
+        words = bench.ballot_bytes // (4 * n * poll.ballot_planes) // OCTET * OCTET
         ballots = random_ballots(n, poll.ballot_planes, words, bench.device)
         tally = random_words(poll.tally_planes, words, device=bench.device)
         verdict = random_words(2, words, device=bench.device)
         step = torch.zeros(1, dtype=torch.int64, device=bench.device)
         target = 0.92 if n >= 8 else None
-        counted = partial(bench.ops.tally, ballots, tally, poll.scale)
-        elected = partial(
-            bench.ops.elect, ballots, verdict, poll.scale, first_word=0, seed=0, step=step
-        )
+        blanks = None
+        if kind == "binary":  # of which no word is blank
+            blanks = torch.zeros(n, blank_words(words), dtype=torch.int32, device=bench.device)
+        rest = {"scale": poll.scale, "first_word": 0, "seed": 0, "step": step, "blanks": blanks}
+        counted = partial(bench.ops.tally, ballots, tally, **rest)
+        elected = partial(bench.ops.elect, ballots, verdict, **rest)
+        read = ballots.nbytes + (0 if blanks is None else blanks.nbytes)
         cases = [
-            (Case("tally", counted, target=target), ballots.nbytes, tally.nbytes),
-            (Case("elect", elected, target=target), ballots.nbytes, verdict.nbytes),
+            (Case("tally", counted, target=target), read, tally.nbytes),
+            (Case("elect", elected, target=target), read, verdict.nbytes),
         ]
         results = shares(bench, f"N={n} {kind}", cases)
         add(report, "tally", title, results, "of ceiling", bench)
@@ -232,12 +237,14 @@ def launches_section(bench: Bench, report: Report) -> None:
     work = Workload(bench.gpt2, "fp32", bench.device)
     params = parameters(bench.gpt2, torch.float32, bench.device)
     ballots = random_ballots(8, 1, work.layout.words_per_shard, bench.device)
-    encode = {**work.arguments("encode", 1)[0], "ballot": ballots[:1]}
+    blanks = work.blanks.repeat(8, 1)
+    encode = {**work.arguments("encode", 1)[0], "ballot": ballots[:1], "blanks": blanks[:1]}
+    place = {"scale": 8, "first_word": 0, "seed": 0, "step": work.step, "blanks": blanks}
     verdict = work.words(2)
 
     def vote() -> None:
         bench.ops.encode(**encode)
-        bench.ops.elect(ballots, verdict[0], 8, first_word=0, seed=0, step=work.step)
+        bench.ops.elect(ballots, verdict[0], **place)
         bench.ops.apply(**work.arguments("apply", 2)[0])
 
     rows = []

@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -354,14 +355,14 @@ class Report:
 
 def load_ceiling() -> ctypes.CDLL:
     """Compile bench/ceiling.cpp for this machine into build/, and load it."""
-    compiler = os.environ.get("CXX") or "c++"
-    if shutil.which(compiler.split()[0]) is None:
-        sys.exit(f"the bench needs a C++ compiler, and {compiler!r} is not there: set CXX")
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(compiler[0]) is None:
+        sys.exit(f"the bench needs a C++ compiler, and {compiler[0]!r} is not there: set CXX")
     library = ROOT / "build" / "ceiling.so"
     library.parent.mkdir(exist_ok=True)
     flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
     source = str(ROOT / "bench" / "ceiling.cpp")
-    done = subprocess.run([*compiler.split(), *flags, source, "-o", str(library)])
+    done = subprocess.run([*compiler, *flags, source, "-o", str(library)])
     if done.returncode != 0:
-        sys.exit(f"{compiler} could not compile bench/ceiling.cpp")
+        sys.exit(f"{shlex.join(compiler)} could not compile bench/ceiling.cpp")
     return ctypes.CDLL(str(library))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import cpu
 import peers
-from cpu import BETAS, RATES, random_ballots
+from cpu import BETAS, RATES, random_ballots, trailers_of
 from lion_kernels.int8 import quantize
 from lion_kernels.layout import BallotLayout
 from peers import KINDS
@@ -59,7 +59,10 @@ class Workload:
         else:
             self.exp_avgs = [placed(m.to(m_dtype)) for m in momenta]
         self.layout = BallotLayout(tuple(p.numel() for p in self.params), planes=1, shards=1)
-        self.flags = torch.full((1, self.layout.flag_words), -1, dtype=torch.int32, device=device)
+        # Of one rank that is ready; and what encode sends.
+        self.trailers, self.sent = (trailers_of(self.layout, device=device) for _ in range(2))
+        blank_words = self.layout.blank_words
+        self.blanks = torch.zeros(1, blank_words, dtype=torch.int32, device=device)
         self.step, self.counter = (
             torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2)
         )
@@ -81,19 +84,21 @@ class Workload:
             args |= {"cautious": self.options, "cautious_decay": self.options}
             args["nonfinite"] = self.counter if self.options else None
             return args, [*self.params, *self.exp_avgs, *(self.block_scales or ()), self.counter]
-        words = self.words(planes)
+        words, blanks = self.words(planes), self.blanks if planes == 1 else None
         if op == "encode":
             args = {
                 "grads": self.grads,
                 "exp_avgs": self.exp_avgs,
                 "block_scales": self.block_scales,
             }
-            args |= {"ballot": words, "flags": self.flags, **BETAS, "maximize": False}
+            args |= {"ballot": words, "blanks": blanks, **BETAS, "maximize": False}
             args |= {"seed": 0, "rank": 0, "step": self.step, "nonfinite": self.counter}
+            args |= {"trailers": self.sent, "trailer": self.trailers[0], "shared": self.step}
             args["cautious"] = self.options
-            written = [*self.exp_avgs, words, self.flags, self.counter]
+            written = [*self.exp_avgs, words, self.blanks, self.sent, self.counter]
             return args, [*written, *(self.block_scales or ())]
-        args = {"params": self.params, "verdict": words, "presence": self.flags, **RATES}
+        args = {"params": self.params, "verdict": words, "blanks": blanks, **RATES}
+        args["trailers"] = self.trailers
         args |= {"scale": SCALES[planes], "step": self.step, "cautious_decay": self.options}
         return args, [*self.params, self.step]
 
@@ -101,8 +106,9 @@ class Workload:
         return partial(getattr(ops, op), **self.arguments(op, planes)[0])
 
     def traffic(self, op: str, planes: int) -> tuple[int, int]:
-        """Bytes read and written; a plane of bits is one eighth of a byte an element."""
-        (p, m), bits = self.sizes, planes / 8
+        """Bytes read and written; a plane of bits is one eighth of a byte an element, and beside
+        one plane there is a blank bit a word."""
+        (p, m), bits = self.sizes, planes / 8 + (planes == 1) / 256
         read, written = {
             "lion_step": (2 * p + m, p + m),
             "encode": (p + m, m + bits),

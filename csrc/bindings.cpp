@@ -7,15 +7,12 @@
 #include <string_view>
 #include <vector>
 
+#include "about.h"
 #include "bitplanes.h"
 #include "identity.h"
 #include "register.h"
 #include "simd/levels.h"
 #include "stable/errors.h"
-
-#ifndef LION_KERNELS_VERSION
-#error "setup.py defines LION_KERNELS_VERSION"
-#endif
 
 namespace py = pybind11;
 
@@ -30,8 +27,8 @@ py::dict build_info() {
   py::list levels;
   for (const std::string& name : lion::simd_levels()) levels.append(name);
   py::dict info;
-  info["version"] = LION_KERNELS_VERSION;
-  info["cuda_archs"] = LION_KERNELS_CUDA_ARCHS;
+  info["version"] = lion::about::version;
+  info["cuda_archs"] = lion::about::cuda_archs;
   info["simd"] = lion::simd_level().name;
   info["simd_levels"] = levels;
   info["bits_per_word"] = lion::kBitsPerWord;
@@ -71,6 +68,7 @@ py::list odd_gradients(const py::bytes& known, const py::object& tensors, const 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  m.attr("schemas_digest") = lion::about::schemas_digest;
   m.def("build_info", &build_info);
   m.def("take_refusal", &lion::take_refusal);
   m.def("register_ops", &register_ops, py::arg("name_space"));

@@ -80,4 +80,51 @@ LION_HOST_DEVICE void compare(const Word (&planes)[kSize], int n_planes, uint32_
   }
 }
 
+// Blank words of ballots of one plane. A blank word counts as half of its ballot's weight, for all
+// of its elements alike. Halves are added up in pairs: `odd` is all ones in words where one is left
+// over, which is the case where the weight of the blank ballots so far is odd. `blank` is all ones
+// in the words that a ballot leaves blank. Both start as 0, and are 0 where nothing can be blank.
+
+// Of a ballot of weight 1: replaces the bits of blank words by what those add.
+template <class Word>
+LION_HOST_DEVICE void pair_halves(const Word& blank, Word& odd, Word& bits) {
+  bits = (bits & ~blank) | (blank & odd);
+  odd = odd ^ blank;
+}
+
+// Adds `weight` times a ballot's bits of weight 2^level, with a full adder a plane; of blank words,
+// whose level is 0, weight / 2.
+template <class Word, int kSize>
+LION_HOST_DEVICE void add_weighted(Word (&planes)[kSize], int n_planes, int level, uint32_t weight,
+                                   const Word& blank, Word& odd, const Word& bits) {
+  const Word votes = bits & ~blank;
+  Word carry{};
+  if (weight & 1u) {
+    carry = blank & odd;
+    odd = odd ^ blank;
+  }
+  for (int b = level; b < n_planes; ++b, weight >>= 1) {
+    Word bit{}, next;
+    if (weight & 1u) bit = votes;
+    if (weight & 2u) bit = bit | blank;
+    full_add(planes[b], bit, carry, planes[b], next);
+    carry = next;
+  }
+}
+
+// Compares the integers, and the halves left over, with half the scale: `won` where they are more,
+// `tied` where they are equal.
+template <class Word, int kSize>
+LION_HOST_DEVICE void compare_with_half(const Word (&planes)[kSize], int n_planes, uint32_t scale,
+                                        const Word& odd, Word& won, Word& tied) {
+  Word equal;
+  compare(planes, n_planes, scale / 2, won, equal);
+  if (scale % 2 == 0) {
+    won = won | (equal & odd);
+    tied = equal & ~odd;
+  } else {
+    tied = equal & odd;
+  }
+}
+
 }  // namespace lion

@@ -11,11 +11,13 @@
 
 namespace lion {
 
-// The stream of tie coins, which every rank must share; zero votes use the rank as stream.
+// Every stream is the same on every rank: of ties, and of the random bits of stochastic rounding.
 constexpr int64_t kTieStream = -1;
-
-// The random bits of stochastic rounding, which every rank must share too.
 constexpr int64_t kRoundingStream = -2;
+
+// Of zero votes, whose coins two steps share: every other step and every other rank takes them the
+// other way round.
+constexpr int64_t kZeroStream = -3;
 
 constexpr uint64_t kGamma = 0x9E3779B97F4A7C15ull;
 

@@ -49,9 +49,12 @@ Torch ask_torch() {
   return {api, tensor.release(), parameter.release(), dispatch.release()};
 }
 
+// Under Python's lock, which is all that guards it: asking runs Python, where other threads may
+// come in and ask as well, and one that waited for a guard of C++ would keep the lock.
 const Torch& torch() {
-  static const Torch known = ask_torch();
-  return known;
+  static const Torch* known = nullptr;
+  if (known == nullptr) known = new Torch(ask_torch());
+  return *known;
 }
 
 // The items of a list or tuple, in a list of our own that nobody changes.

@@ -19,7 +19,8 @@ struct Identity {
 };
 
 // The arguments are lists or tuples of torch.Tensor, or None for one. Raises PythonError where
-// torch raised: a tensor may have no data.
+// torch raised: a tensor may have no data. Looking at a tensor that torch clones lazily
+// (torch._lazy_clone) makes its copy, since DLPack gives the address of data that may be written.
 Identity identity(PyObject* fixed, PyObject* grads);
 
 // Which gradients are not in the memory layout of their parameters, which come first in `tensors`,

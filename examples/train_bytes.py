@@ -17,6 +17,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,9 @@ def build_optimizer(
     if method == "lion":
         return lion_kernels.Lion(params, lr, betas, weight_decay)
     return lion_kernels.DistributedLion(
-        params, lr, betas, weight_decay, aggregation=method, seed=args.seed
-    )
+        params, lr, betas, weight_decay, aggregation=method, seed=args.seed,
+        statistics_every=10 if args.tensorboard else 0,
+    )  # fmt: skip
 
 
 def schedule(step: int, args: argparse.Namespace) -> float:
@@ -165,6 +167,22 @@ def schedule(step: int, args: argparse.Namespace) -> float:
         return (step + 1) / (args.warmup + 1)
     done = (step - args.warmup) / max(1, args.steps - args.warmup)
     return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def log_votes(votes: lion_kernels.DistributedLion, method: str, run: MethodRun, folder: str) -> int:
+    """Writes how ranks voted since the last time, for TensorBoard. Returns the bytes it sent."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    before = votes.wire_bytes
+    counts = votes.vote_statistics()
+    if counts is not None and dist.get_rank() == 0:
+        with SummaryWriter(f"{folder}/{method}") as writer:
+            writer.add_scalar("validation bits a byte", run.curve[-1].val_bits_per_byte, run.steps)
+            for rank, share in enumerate(counts.agreement):
+                writer.add_scalar(f"agreement/rank {rank}", share, run.steps)
+            for name, share in vars(counts.groups[0]).items():
+                writer.add_scalar(f"votes/{name}", share, run.steps)
+    return votes.wire_bytes - before
 
 
 def stop_agreed(loss: Tensor, stop: threading.Event, parent: int) -> tuple[float, bool]:
@@ -205,7 +223,8 @@ def train(
             with counter if votes else contextlib.nullcontext():
                 optimizer.step()
             if votes and step == 0:
-                # Ranks agree in the first step on who votes: a few bytes that are no votes.
+                # In the first step ranks agree on who votes, and compare a hash of gradients:
+                # a few bytes that are no votes.
                 beside = counter.bytes_sent - optimizer.wire_bytes
             optimizer.zero_grad()
             # Eight bytes for the progress bar and for Ctrl-C, the same for all: not counted.
@@ -218,14 +237,18 @@ def train(
             if run.steps % args.eval_every == 0 or run.steps == args.steps:
                 bits = evaluate(model, text[1], args, device)
                 run.curve.append(CurvePoint(run.steps, bits, counter.bytes_sent))
+                if votes and args.tensorboard:
+                    beside -= log_votes(optimizer, method, run, args.tensorboard)
             show(bar, mean_loss, run)
     if votes:
-        optimizer.verify_replicas()
-        if not beside == counter.bytes_sent - optimizer.wire_bytes < 10_000:
+        # In each step ranks may tell which of this program's optimizers they step: eight bytes.
+        others = counter.bytes_sent - optimizer.wire_bytes - beside
+        if not (0 <= others <= 8 * world * run.steps and beside < 10_000):
             raise RuntimeError(
                 f"{METHODS[method]}: counted {counter.bytes_sent} bytes at the collectives, "
                 f"the optimizer says {optimizer.wire_bytes}, and {beside} others in the first step"
             )
+        optimizer.verify_replicas()
     run.finished = not stopped
     return run.finished
 
@@ -313,7 +336,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--betas-adamw", type=beta, nargs=2, default=[0.9, 0.98], help="of AdamW")
     add("--weight-decay-lion", type=decay, default=0.3, help="of the three Lions")
     add("--weight-decay-adamw", type=decay, default=0.1, help="of AdamW")
+    add("--tensorboard", metavar="DIR", default="", help="log there how ranks vote")
     args = parser.parse_args(argv)
+    if args.tensorboard and find_spec("tensorboard") is None:
+        parser.error("--tensorboard needs tensorboard: pip install tensorboard")
+    if args.tensorboard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        parser.error("--tensorboard is for votes, of two ranks or more")
     if args.width % args.heads:
         parser.error(f"--width must be a multiple of --heads, got {args.width} and {args.heads}")
     if args.device == "cuda" and not torch.cuda.is_available():

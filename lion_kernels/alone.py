@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import double, ops
-from .bucket import Bucket
+from .bucket import Bucket, Move
 from .options import Settings
 from .scaling import Scaling
 
@@ -35,11 +35,19 @@ class Alone:
         """Whether a step has to do with a parameter, as far as this rank knows."""
         return p.grad is not None
 
+    def open(self) -> Iterator[Any]:
+        """What comes first where all ranks come together."""
+        yield from ()
+
+    def refuse(self, error: Exception) -> Iterator[Any]:
+        """Tells every rank of an error of this one."""
+        yield from ()
+
     def members(
-        self, number: int, params: list[Tensor], mine: list[int]
-    ) -> Generator[Any, None, list[int]]:
-        """The indices in group ``number`` of what a step has to do with; ``mine``: as far as this
-        rank knows."""
+        self, groups: list[list[Tensor]], mine: list[list[int]], asked: list[bool]
+    ) -> Generator[Any, None, list[list[int]]]:
+        """Of each group, the indices of what a step has to do with; ``mine``: as far as this rank
+        knows; ``asked``: whether they may have changed."""
         yield from ()
         return mine
 
@@ -48,34 +56,31 @@ class Alone:
         yield from ()
         return scaling
 
-    def move(
-        self,
-        number: int,
-        bucket: Bucket,
-        settings: Settings,
-        scaling: Scaling,
-        seed: int,
-        step: Tensor | None,
-        nonfinite: Tensor | None,
-    ) -> Iterator[Any]:
-        """Step a bucket of group ``number``. step, int64 (1,), of stochastic rounding, advances by
-        one, but for float64; nonfinite, int64 (1,), counts skipped elements."""
+    def move(self, moves: list[Move], scaling: Scaling, seed: int) -> Iterator[Any]:
+        """Step buckets, one after the other. The counter of stochastic rounding advances by one,
+        but for float64."""
         yield from ()
-        if bucket.is_double:
-            double.step(bucket, settings, scaling, nonfinite)
-            return
-        grads = cast(list[Tensor], bucket.grads)  # none is missing: none abstains
-        ops.lion_step(
-            bucket.params, grads, bucket.exp_avgs,
-            lr=settings.lr, beta1=settings.betas[0], beta2=settings.betas[1],
-            weight_decay=settings.weight_decay, maximize=settings.maximize, nonfinite=nonfinite,
-            grad_scale=scaling.grad_scale, found_inf=scaling.found_inf,
-            rounding=settings.rounding, lows=bucket.lows, seed=seed, step=step,
-            cautious=settings.cautious, cautious_decay=settings.cautious_decay,
-            block_scales=bucket.block_scales,
-            agreeing=_agreeing(bucket, settings, scaling) if settings.rescales else None,
-            uniform=bucket.is_uniform,
-        )  # fmt: skip
+        for move in moves:
+            _step(move, scaling.to(move.bucket.device), seed)
+
+
+def _step(move: Move, scaling: Scaling, seed: int) -> None:
+    bucket, settings = move.bucket, move.settings
+    if bucket.is_double:
+        double.step(bucket, settings, scaling, move.nonfinite)
+        return
+    grads = cast(list[Tensor], bucket.grads)  # none is missing: none abstains
+    ops.lion_step(
+        bucket.params, grads, bucket.exp_avgs,
+        lr=settings.lr, beta1=settings.betas[0], beta2=settings.betas[1],
+        weight_decay=settings.weight_decay, maximize=settings.maximize, nonfinite=move.nonfinite,
+        grad_scale=scaling.grad_scale, found_inf=scaling.found_inf,
+        rounding=settings.rounding, lows=bucket.lows, seed=seed, step=move.step,
+        cautious=settings.cautious, cautious_decay=settings.cautious_decay,
+        block_scales=bucket.block_scales,
+        agreeing=_agreeing(bucket, settings, scaling) if settings.rescales else None,
+        uniform=bucket.is_uniform,
+    )  # fmt: skip
 
 
 def _agreeing(bucket: Bucket, settings: Settings, scaling: Scaling) -> Tensor:

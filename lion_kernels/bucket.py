@@ -51,15 +51,14 @@ class Bucket:
             self.params[i] = torch.empty_like(p).copy_(p)
 
     def write_back(self) -> None:
-        """After the ops: what stands for a written tensor shows it; gradients are let go."""
-        self._let_go()
+        """After the ops: what stands for a written tensor shows it."""
         if self.wrappers:
             torch.autograd.graph.increment_version(self.wrappers)
         for i, p in self.gapped:
             p.copy_(self.params[i])
             self.params[i] = p
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
         """Of gradients and states: nothing here keeps what their owners replace."""
         self.grads, self.exp_avgs = [], []
         self.lows = None if self.lows is None else []
@@ -100,8 +99,21 @@ class Bucket:
             wrappers=self.wrappers,
             gapped=[(place[i], p) for i, p in self.gapped if i in place],
         )
-        self._let_go()
+        self.let_go()
         return part
+
+
+@dataclass
+class Move:
+    """A bucket of group ``number`` in a step. step, int64 (1,): the counter of coins and of
+    stochastic rounding; nonfinite, int64 (1,): counts elements that are skipped. None where there
+    is no need of one; a vote needs both."""
+
+    number: int
+    bucket: Bucket
+    settings: Settings
+    step: Any
+    nonfinite: Any
 
 
 def _gradient(g: Tensor, param: Tensor, p: Tensor) -> Tensor:

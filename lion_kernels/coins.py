@@ -1,12 +1,15 @@
 """Where random bits come from: the hash and the keys that the specification and the kernels share.
 
-A leaf. Every coin is a hash of (seed, stream, step, word). The zero votes of a rank have the stream
-of its number; what no rank owns has a negative one. Draws no coin itself.
+A leaf. Every coin is a hash of (seed, stream, step, word), the same on every rank. Draws no coin
+itself.
 """
 
-# Of the coins that an election tosses for its ties, and of the bits of stochastic rounding.
+# Of the coins that an election tosses for its ties, and of the bits of stochastic rounding; and of
+# zero votes, whose coins two steps share: every other step and every other rank takes them the
+# other way round, so that those of two ranks cancel, and what is left goes back where it was.
 TIE_STREAM = -1
 ROUNDING_STREAM = -2
+ZERO_STREAM = -3
 # 2**64 over the golden ratio: what SplitMix64 adds from state to state, and keys from word to word.
 GAMMA = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1

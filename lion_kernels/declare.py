@@ -25,16 +25,19 @@ CHECKS: dict[str, Callable[..., None]] = {}
 
 
 # An op, and what raises the version counters of what it has written, so that a backward pass over a
-# graph that saved the old values raises, as after a step of torch.optim. Traced code raises them
-# when it runs.
+# graph that saved the old values raises, as after a step of torch.optim. Dynamo traces torch's own
+# function for that, and leaves it in its graph.
 _CALL = """
 def call({names}):
     try:
         packet({names})
     except RuntimeError as error:
-        raise as_thrown(error) from None
-    if not is_tracing():
-        {raised}
+        refusal = refusal_in(error)
+        if refusal is None:
+            raise
+        raise ValueError(refusal) from None
+    increment_version = traced_increment if is_tracing() else plain_increment
+    {raised}
 """
 
 
@@ -56,12 +59,13 @@ def op(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]]:
         _library.impl(name, functools.partial(_resolve_negatives, packet), "Negative")
         scope: dict[str, Any] = {
             "packet": packet,
-            "as_thrown": as_thrown,
-            # torch.autograd.graph has it behind a test of types that takes 0.4 us.
-            "increment_version": torch._C._increment_version,
+            "refusal_in": refusal_in,
+            "traced_increment": torch.autograd.graph.increment_version,
+            # Without its test of types, which takes 0.4 us.
+            "plain_increment": torch._C._increment_version,
             "is_tracing": torch.compiler.is_dynamo_compiling,
         }
-        raised = "\n        ".join(map(_raising, written_by(packet)))
+        raised = "\n    ".join(map(_raising, written_by(packet)))
         exec(_CALL.format(names=names, raised=raised), scope)
         call = scope["call"]
         call.__defaults__ = check.__defaults__
@@ -74,11 +78,11 @@ def op(schema: str) -> Callable[[Callable[_P, None]], Callable[_P, None]]:
 REFUSALS: list[Callable[[], str]] = []
 
 
-def as_thrown(error: RuntimeError) -> Exception:
-    """What an op threw. Torch 2.15 makes a RuntimeError of a ValueError, with the message first."""
+def refusal_in(error: RuntimeError) -> str | None:
+    """The message of the ValueError that an op threw, of which torch 2.15 makes a RuntimeError with
+    that message first; None where it is another error."""
     refusals = [refusal for take in REFUSALS if (refusal := take())]
-    found = next((r for r in refusals if str(error).startswith(r)), None)
-    return error if found is None else ValueError(found)
+    return next((r for r in refusals if str(error).startswith(r)), None)
 
 
 def written_by(packet: Any) -> list[Any]:

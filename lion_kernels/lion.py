@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import native, release, states
 from .alone import Alone
-from .bucket import Bucket, Plan
+from .bucket import Bucket, Move, Plan
 from .capture import check_not_capturing
 from .checks import check_lr, check_members, check_rescale, label, require_kernels
 from .options import (
@@ -261,35 +261,62 @@ class Lion(Optimizer):
 
     def _step_groups(self, scaling: Scaling, presume: bool) -> Generator[Any, None, Scaling]:
         """All checks of all groups, then all states, then the first write; returns what GradScaler
-        found, on any rank. ``presume``: that the plans still hold."""
-        plans = []
+        found, on any rank. ``presume``: that the plans still hold. What is wrong here is told to
+        every rank, which all raise it."""
+        mover, groups = self._mover, self.param_groups
+        plans: list[tuple[Settings, list[Bucket]]] = []
+        refusal = None
         try:
             # Before anything is waited for: users change options when they call the next rank.
-            read = [self._settings_of(number) for number in range(len(self.param_groups))]
-            for number, settings in enumerate(read):
-                buckets = yield from self._plan(number, settings, presume)
-                plans.append((settings, buckets))
+            try:
+                read = [self._settings_of(number) for number in range(len(groups))]
+                asked = [self._ask(number, read[number], presume) for number in range(len(groups))]
+            except Exception as error:
+                refusal = error
+            yield from mover.open()
+            if scaling.found_inf is not None:
+                scaling = yield from mover.agreed(scaling)
+            if refusal is None:
+                indices = yield from mover.members(
+                    [group["params"] for group in groups],
+                    mine=[indices for indices, _ in asked],
+                    asked=[is_asked for _, is_asked in asked],
+                )
+                try:
+                    for number, settings in enumerate(read):
+                        plans.append((settings, self._buckets(number, settings, indices[number])))
+                except Exception as error:
+                    refusal = error
+            if refusal is not None:
+                yield from mover.refuse(refusal)
+                raise refusal
         except BaseException:
+            refusal = None  # which holds this frame
             self._plans.clear()  # which hold gradients from here to the end of the step
             raise
         if not presume:  # else there are no others
             self._known_states = list(self.state.values())
-        if scaling.found_inf is not None:
-            scaling = yield from self._mover.agreed(scaling)
-        for number, (settings, buckets) in enumerate(plans):
-            yield from self._move(number, buckets, settings, scaling=scaling, seed=self.seed)
+        moves = [
+            move
+            for number, (settings, buckets) in enumerate(plans)
+            for move in self._moves(number, buckets, settings)
+        ]
+        yield from self._walk(moves, scaling, self.seed)
         return scaling
 
-    def _move(
-        self,
-        number: int,
-        buckets: list[Bucket],
-        settings: Settings,
-        scaling: Scaling,
-        seed: int,
-    ) -> Iterator[Any]:
-        """Step buckets of a group."""
-        group = self.param_groups[number]
+    def _walk(self, moves: list[Move], scaling: Scaling, seed: int) -> Iterator[Any]:
+        """Move buckets, and let their gradients go."""
+        try:
+            yield from self._mover.move(moves, scaling, seed)
+            for move in moves:
+                move.bucket.write_back()
+        finally:
+            for move in moves:
+                move.bucket.let_go()
+
+    def _moves(self, number: int, buckets: list[Bucket], settings: Settings) -> list[Move]:
+        """What becomes of buckets of a group."""
+        group, moves = self.param_groups[number], []
         for bucket in buckets:
             is_counted = "step" in group or self._mover.votes
             step = states.step_counter(group, bucket.device) if is_counted else None
@@ -297,11 +324,8 @@ class Lion(Optimizer):
             if step is not None and (self._release is not None or bucket is not buckets[-1]):
                 step = step.clone()
             nonfinite = self._counter(bucket.device) if settings.skips else None
-            there = scaling.to(bucket.device)
-            yield from self._mover.move(
-                number, bucket, settings, scaling=there, seed=seed, step=step, nonfinite=nonfinite
-            )
-            bucket.write_back()
+            moves.append(Move(number, bucket, settings, step, nonfinite))
+        return moves
 
     def _forget_changed_states(self) -> None:
         """Plans hold while every parameter's state is the one that they were made with."""
@@ -322,28 +346,32 @@ class Lion(Optimizer):
                 self._settings[number] = (list(map(group.get, SETTINGS)), settings)
         return settings
 
-    def _plan(
-        self, number: int, settings: Settings, presume: bool
-    ) -> Generator[Any, None, list[Bucket]]:
-        """The group's buckets; raises where a parameter, a gradient or a state is not as it must
-        be. Who joins is asked; who was asked and lacks a gradient stays."""
-        group, mover = self.param_groups[number], self._mover
+    def _ask(self, number: int, settings: Settings, presume: bool) -> tuple[list[int], bool]:
+        """The indices of the parameters of a group that a step has to do with, as far as this rank
+        knows, and whether they may be others than before. Who was asked and lacks a gradient
+        stays."""
+        group, is_member = self.param_groups[number], self._mover.is_member
         params, plan = group["params"], self._plans.get(number)
-        if plan is not None and not plan.serves(group, settings, presume):
-            plan = None
-        others = range(len(params)) if plan is None else plan.others
-        mine = [i for i in others if mover.is_member(params[i])]
-        if plan is not None and mine and presume and not plan.serves(group, settings, False):
-            plan, mine = None, [i for i, p in enumerate(params) if mover.is_member(p)]
-        if plan is None or mine:
+        if plan is not None and plan.serves(group, settings, presume):
+            joining = [i for i in plan.others if is_member(params[i])]
+            if not joining:
+                return plan.indices, False
+            if not presume or plan.serves(group, settings, False):
+                return sorted({*plan.indices, *joining}), True
+        self._plans.pop(number, None)
+        return [i for i, p in enumerate(params) if is_member(p)], True
+
+    def _buckets(self, number: int, settings: Settings, indices: list[int]) -> list[Bucket]:
+        """The group's buckets; raises where a parameter, a gradient or a state is not as it must
+        be."""
+        group, plan = self.param_groups[number], self._plans.get(number)
+        if plan is None or plan.indices != indices:
             known = [] if plan is None else plan.indices
-            joining = yield from mover.members(number, params, sorted({*known, *mine}))
-            self._check(number, sorted(set(joining).difference(known)), [*known, *joining])
-            plan = Plan(group, sorted({*joining, *known}), self.state, settings)
-            self._plans[number] = plan
-        if plan.indices and isinstance(group["lr"], Tensor):
-            check_lr(group, number, params[plan.indices[0]].device)
-        return plan.buckets(may_abstain=mover.votes)
+            self._check(number, sorted(set(indices).difference(known)), [*known, *indices])
+            plan = self._plans[number] = Plan(group, indices, self.state, settings)
+        if indices and isinstance(group["lr"], Tensor):
+            check_lr(group, number, group["params"][indices[0]].device)
+        return plan.buckets(may_abstain=self._mover.votes)
 
     def _check(self, number: int, indices: list[int], beside: list[int]) -> None:
         """Check parameters of a group, which are on the device of those ``beside`` them."""
@@ -385,7 +413,8 @@ class Lion(Optimizer):
         self._check(number, indices, indices)
         seed = (self.seed + _BUCKET_SEED * (1 + indices[0])) % 2**63
         buckets = Plan(group, indices, self.state, settings).buckets(may_abstain=False)
-        self._mover.drive(self._move(number, buckets, settings, scaling=Scaling(), seed=seed))
+        moves = self._moves(number, buckets, settings)
+        self._mover.drive(self._walk(moves, Scaling(), seed))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of another Lion: lion-pytorch's, google's, timm's, optimi's

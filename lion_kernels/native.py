@@ -14,37 +14,64 @@ from torch import Tensor
 
 from . import declare
 from . import ops as ops  # what the libraries implement
+from ._about import digest_of
 from ._namespace import MODULE, NAMESPACE
 
 OLDEST_TORCH = (2, 11)
 
+# A library for other ops would take their arguments for what they are not.
+_DIGEST = digest_of(ops.SCHEMAS)
+
+
+def _of_another_source(library: str) -> str:
+    return (
+        f"{library} was built from another source than the ops beside it: build it again, by "
+        "`python setup.py build_ext --inplace` in a source tree, or, where lion_kernels is "
+        "installed, by `pip install --force-reinstall --no-deps .` in its source"
+    )
+
+
 _C: Any = None
 _load_error: ImportError | None = None
+_misfit = ""  # what there is of _C, where it does not fit
 try:
     _C = importlib.import_module(MODULE, __package__)
 except ImportError as error:
     _load_error = error
+if _C is not None and getattr(_C, "schemas_digest", None) != _DIGEST:
+    _C, _misfit = None, _of_another_source(_C.__file__)
 
 # What counts votes on GPUs; another torch has no tensors that could reach it.
 _CUDA = Path(__file__).parent / "_cuda.so"
 has_cuda = False
+cuda_error = ""  # why what was built of it is not used
 
 
-def _register_cuda() -> None:
-    library = ctypes.CDLL(str(_CUDA))
+def _register_cuda() -> str:
+    """Or why not: what a machine without a GPU has no need of must not end an import."""
+    try:
+        library = ctypes.CDLL(str(_CUDA))
+    except OSError as error:
+        return f"{_CUDA} cannot be loaded: {error}"
+    digest = getattr(library, "lion_kernels_schemas_digest", None)
+    if digest is not None:
+        digest.restype = ctypes.c_char_p
+    if digest is None or digest().decode() != _DIGEST:
+        return _of_another_source(str(_CUDA))
     register, take_refusal = library.lion_kernels_register, library.lion_kernels_take_refusal
     register.restype = take_refusal.restype = ctypes.c_char_p
-    if error := register(NAMESPACE.encode()):
-        raise RuntimeError(error.decode())
+    if refused := register(NAMESPACE.encode()):
+        raise RuntimeError(refused.decode())
     declare.REFUSALS.append(lambda: take_refusal().decode())
+    return ""
 
 
 if _C is not None:
     has_cuda = _C.register_ops(NAMESPACE)
     declare.REFUSALS.append(_C.take_refusal)
     if torch.version.cuda is not None and _CUDA.is_file():
-        _register_cuda()
-        has_cuda = True
+        cuda_error = _register_cuda()
+        has_cuda = not cuda_error
 
 
 def _hidden_package() -> Path | None:
@@ -61,6 +88,8 @@ def require() -> None:
     version = torch.__version__.split("+")[0]
     if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
         raise RuntimeError(f"lion_kernels needs torch >= 2.11, got {version}")
+    if _misfit:
+        raise RuntimeError(_misfit)
     if _C is None and (hidden := _hidden_package()) is not None:
         raise RuntimeError(
             f"the folder {Path(__file__).parent.parent} hides the lion_kernels that is installed "

@@ -2,8 +2,8 @@
 
 Back ends register into it: the CPU's from csrc/, when native.py loads it; the GPU's from kernels/.
 All ops write into buffers that the caller owns and return nothing. Lists may mix sizes and dtypes;
-ballots, tallies and verdicts are int32 planes as layout.py lays them out. reference.py has the
-formulas.
+ballots, tallies and verdicts are int32 planes as layout.py lays them out, and blank bits beside
+those of an odd scale. reference.py has the formulas.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .declare import CHECKS as CHECKS
 from .declare import SCHEMAS as SCHEMAS
 from .declare import op
 from .int8 import blocks_of
-from .layout import BITS_PER_WORD, MAX_SCALE, words_of
+from .layout import BITS_PER_WORD, MAX_SCALE, OCTET, SEAL_WORDS, room_of, words_of
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 STORAGE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,9 +84,34 @@ def _check_planes(planes: Tensor, name: str, dims: int) -> None:
     )
 
 
-def _check_room(tensors: Sequence[Tensor], planes: Tensor, name: str) -> None:
-    room, need = planes.shape[0] * planes.shape[2], sum(words_of(t.numel()) for t in tensors)
+def _check_room(tensors: Sequence[Tensor], planes: Tensor, name: str, first_word: int) -> None:
+    words_per_shard = planes.shape[2]
+    _rule(
+        words_per_shard % OCTET == 0,
+        f"{name} must have a multiple of {OCTET} words a shard, got {words_per_shard}",
+    )
+    _rule(
+        first_word >= 0 and first_word % OCTET == 0,
+        f"first_word must be a multiple of {OCTET}, got {first_word}",
+    )
+    room = planes.shape[0] * words_per_shard
+    need = first_word + sum(room_of(t.numel()) for t in tensors)
     _rule(need <= room, f"{name} has room for {room} words a plane, the tensors need {need}")
+
+
+def _check_blanks(blanks: Tensor | None, name: str, planes: Tensor, wanted: str | None) -> None:
+    """Blank bits of planes (n, ..., words), or of planes (n, words) as (1, ...); ``wanted``: why
+    they must be there, None where they may not be."""
+    if blanks is None or wanted is None:
+        _rule(blanks is None and wanted is None, f"{name} must be {wanted or 'None'}")
+        return
+    n, words = (planes.shape[0] if planes.dim() == 3 else 1), words_of(planes.shape[-1])
+    _check_planes(blanks, name, 2)
+    _rule(
+        blanks.shape[0] == n and blanks.shape[1] >= words,
+        f"{name} must have shape [{n}, {words} or more], got {list(blanks.shape)}",
+    )
+    _rule(blanks.device == planes.device, f"{name} must be on {planes.device}, got {blanks.device}")
 
 
 def check_one(tensor: Tensor, name: str) -> None:
@@ -96,9 +121,32 @@ def check_one(tensor: Tensor, name: str) -> None:
     )
 
 
-def _check_flags(flags: Tensor, name: str, n_tensors: int) -> None:
-    room = flags.shape[1] * BITS_PER_WORD
-    _rule(n_tensors <= room, f"{name} has {room} flags, got {n_tensors} tensors")
+def _check_flags(trailers: Tensor, first_flag: int, n_tensors: int) -> None:
+    _check_planes(trailers, "trailers", 2)
+    room = (trailers.shape[1] - SEAL_WORDS) * BITS_PER_WORD
+    _rule(first_flag >= 0, f"first_flag must be at least 0, got {first_flag}")
+    _rule(
+        first_flag + n_tensors <= room,
+        f"trailers have {max(0, room)} flags, got {first_flag + n_tensors} tensors",
+    )
+
+
+def _check_trailer(trailers: Tensor | None, trailer: Tensor | None, shared: Tensor | None) -> None:
+    if trailers is None or trailer is None or shared is None:
+        missing = all(t is None for t in (trailers, trailer, shared))
+        _rule(missing, "trailers, trailer and shared must be given together")
+        return
+    _check_planes(trailers, "trailers", 2)
+    _check_planes(trailer, "trailer", 1)
+    n = trailers.shape[1]
+    _rule(n >= SEAL_WORDS, f"trailers must have at least {SEAL_WORDS} words, got {n}")
+    _rule(trailer.shape[0] == n, f"trailer must have {n} words, got {trailer.shape[0]}")
+    is_right = shared.dtype == torch.int64 and shared.dim() == 1 and shared.is_contiguous()
+    _rule(
+        is_right,
+        f"shared must be contiguous int64 of one dimension, got {shared.dtype} of shape "
+        f"{list(shared.shape)} with strides {list(shared.stride())}",
+    )
 
 
 def _check_amp(grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -147,13 +195,42 @@ def _check_agreeing(agreeing: Tensor, n_tensors: int) -> None:
     )
 
 
-def _check_ballots(ballots: Tensor, out: Tensor, name: str, scale: int) -> None:
+def _check_ballots(
+    ballots: Tensor,
+    out: Tensor,
+    name: str,
+    scale: int,
+    step: Tensor,
+    blanks: Tensor | None,
+    out_blanks: Tensor | None,
+    weights: Tensor | None,
+) -> None:
     _check_planes(ballots, "ballots", 3)
     _check_planes(out, name, 2)
     _rule(1 <= scale <= MAX_SCALE, f"scale must be in [1, {MAX_SCALE}], got {scale}")
     _rule(
         ballots.shape[2] == out.shape[1],
         f"{name} must have {ballots.shape[2]} words a plane, got {out.shape[1]}",
+    )
+    _check_counter(step, "step")
+    _check_blanks(blanks, "blanks", ballots, None if blanks is None else "there")
+    _rule(
+        blanks is None or ballots.shape[1] == 1,
+        f"blanks are of ballots of 1 plane, got {ballots.shape[1]}",
+    )
+    says_zero = out.shape[0] == 2 if name == "verdict" else scale % 2 == 0
+    needs = "there: an odd scale cannot say zero"
+    wanted = None if blanks is None or says_zero else needs
+    _check_blanks(out_blanks, "out_blanks", out, wanted)
+    if weights is None:
+        return
+    _rule(
+        weights.dtype == torch.int32
+        and weights.shape == (ballots.shape[0],)
+        and weights.is_contiguous()
+        and weights.device == ballots.device,
+        f"weights must be contiguous int32 of shape [{ballots.shape[0]}] on {ballots.device}, got "
+        f"{weights.dtype} of shape {list(weights.shape)} on {weights.device}",
     )
 
 
@@ -253,16 +330,17 @@ def count_agreeing(
 
 
 @op(
-    "(Tensor?[] grads, Tensor(a!)[] exp_avgs, Tensor(b!) ballot, Tensor(c!) flags, float beta1, "
+    "(Tensor?[] grads, Tensor(a!)[] exp_avgs, Tensor(b!) ballot, Tensor(c!)? blanks, float beta1, "
     "float beta2, bool maximize, int seed, int rank, Tensor step, Tensor(d!) nonfinite, "
     "Tensor? grad_scale=None, Tensor? found_inf=None, bool cautious=False, "
-    "Tensor(e!)[]? block_scales=None) -> ()"
+    "Tensor(e!)[]? block_scales=None, int first_word=0, Tensor(f!)? trailers=None, "
+    "Tensor? trailer=None, Tensor? shared=None) -> ()"
 )
 def encode(
     grads: Sequence[Tensor | None],
     exp_avgs: Sequence[Tensor],
     ballot: Tensor,
-    flags: Tensor,
+    blanks: Tensor | None,
     beta1: float,
     beta2: float,
     maximize: bool,
@@ -274,10 +352,17 @@ def encode(
     found_inf: Tensor | None = None,
     cautious: bool = False,
     block_scales: Sequence[Tensor] | None = None,
+    first_word: int = 0,
+    trailers: Tensor | None = None,
+    trailer: Tensor | None = None,
+    shared: Tensor | None = None,
 ) -> None:
-    """A rank's votes, and its momenta moved on. ``ballot``: (shards, 1 or 2 planes, words);
-    ``flags``: (shards, flag words), one bit a tensor. A gradient of None abstains; ``nonfinite``,
-    int64 (1,), counts the elements that abstain because c is not finite."""
+    """A rank's votes, and its momenta moved on. ``ballot``: (shards, 1 or 2 planes, words), written
+    from ``first_word`` of word space on, to the end of the tensors' last octet; ``blanks``: of
+    binary ballots, (shards, words / 32). A gradient of None abstains; ``nonfinite``, int64 (1,),
+    counts the elements that abstain because c is not finite. Every row of ``trailers``, (shards,
+    words), becomes ``trailer``, (words,), whose digest takes up ``shared``, int64 (n,): also where
+    ``found_inf`` is set."""
     _check_pairs(grads, exp_avgs, "grads", "exp_avgs")
     _check_storage(grads, "grads")
     _check_momenta(exp_avgs, block_scales)
@@ -286,54 +371,85 @@ def encode(
         ballot.shape[1] in (1, 2),
         f"ballot must have 1 plane (binary) or 2 (ternary), got {ballot.shape[1]}",
     )
-    _check_room(exp_avgs, ballot, "ballot")
-    _check_planes(flags, "flags", 2)
+    _check_room(exp_avgs, ballot, "ballot", first_word)
+    wanted = "there: one plane cannot say zero" if ballot.shape[1] == 1 else None
+    _check_blanks(blanks, "blanks", ballot, wanted)
+    _check_trailer(trailers, trailer, shared)
     _rule(
-        flags.shape[0] == ballot.shape[0],
-        f"flags must have a row for each of {ballot.shape[0]} shards, got {flags.shape[0]}",
+        trailers is None or trailers.shape[0] == ballot.shape[0],
+        f"trailers must have a row for each of {ballot.shape[0]} shards",
     )
-    _check_flags(flags, "flags", len(exp_avgs))
     _check_counter(step, "step")
     _check_counter(nonfinite, "nonfinite")
     _check_amp(grad_scale, found_inf)
 
 
-@op("(Tensor ballots, Tensor(a!) tally, int scale) -> ()")
-def tally(ballots: Tensor, tally: Tensor, scale: int) -> None:
-    """The sum of ``ballots``, integers in (n, planes, words) whose sum is at most ``scale``, into
-    ``tally``, (planes, words)."""
-    _check_ballots(ballots, tally, "tally", scale)
+# What tally and elect take. ``scale``: what the integers of all ballots can sum up to; ``blanks``,
+# of ballots of one plane, (n, words / 32): whose words stand at the middle; ``out_blanks``, (1,
+# words / 32), beside an odd scale: words that all left blank; ``weights``, int32 (n,), at least 1:
+# as how many ballots each counts. ``first_word``: where word 0 lies in word space, for the coins.
+
+
+@op(
+    "(Tensor ballots, Tensor(a!) tally, int scale, int first_word, int seed, Tensor step, "
+    "Tensor? blanks=None, Tensor(b!)? out_blanks=None, Tensor? weights=None) -> ()"
+)
+def tally(
+    ballots: Tensor,
+    tally: Tensor,
+    scale: int,
+    first_word: int,
+    seed: int,
+    step: Tensor,
+    blanks: Tensor | None = None,
+    out_blanks: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> None:
+    """The sum of ``ballots``, integers in (n, planes, words), into ``tally``, (planes, words). A
+    blank word counts half; a half that is left is a coin's."""
+    _check_ballots(ballots, tally, "tally", scale, step, blanks, out_blanks, weights)
     _rule(
         tally.shape[0] == scale.bit_length(),
         f"tally must have {scale.bit_length()} planes for scale {scale}, got {tally.shape[0]}",
     )
 
 
-@op("(Tensor ballots, Tensor(a!) verdict, int scale, int first_word, int seed, Tensor step) -> ()")
+@op(
+    "(Tensor ballots, Tensor(a!) verdict, int scale, int first_word, int seed, Tensor step, "
+    "Tensor? blanks=None, Tensor(b!)? out_blanks=None, Tensor? weights=None) -> ()"
+)
 def elect(
-    ballots: Tensor, verdict: Tensor, scale: int, first_word: int, seed: int, step: Tensor
+    ballots: Tensor,
+    verdict: Tensor,
+    scale: int,
+    first_word: int,
+    seed: int,
+    step: Tensor,
+    blanks: Tensor | None = None,
+    out_blanks: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
     """The sum of ``ballots`` against scale / 2, into ``verdict``, (1 or 2 planes, words): one plane
-    tosses a coin for a tie, two hold 0, 1 or 2. ``first_word``: where word 0 lies in the group, for
-    the coins."""
-    _check_ballots(ballots, verdict, "verdict", scale)
+    tosses a coin for a tie, two hold 0, 1 or 2."""
+    _check_ballots(ballots, verdict, "verdict", scale, step, blanks, out_blanks, weights)
     _rule(
         verdict.shape[0] == 1 or (verdict.shape[0] == 2 and scale % 2 == 0),
         "verdict must have 1 plane, or 2 where scale is even; "
         f"got {verdict.shape[0]} for scale {scale}",
     )
-    _check_counter(step, "step")
 
 
 @op(
-    "(Tensor(a!)?[] params, Tensor verdict, Tensor presence, int scale, Tensor lr, "
+    "(Tensor(a!)?[] params, Tensor verdict, Tensor? blanks, Tensor trailers, int scale, Tensor lr, "
     "float weight_decay, Tensor(b!) step, Tensor? found_inf=None, str rounding='nearest', "
-    "Tensor(c!)[]? lows=None, int seed=0, bool cautious_decay=False) -> ()"
+    "Tensor(c!)[]? lows=None, int seed=0, bool cautious_decay=False, int first_word=0, "
+    "int first_flag=0) -> ()"
 )
 def apply(
     params: Sequence[Tensor],
     verdict: Tensor,
-    presence: Tensor,
+    blanks: Tensor | None,
+    trailers: Tensor,
     scale: int,
     lr: Tensor,
     weight_decay: float,
@@ -343,17 +459,21 @@ def apply(
     lows: Sequence[Tensor] | None = None,
     seed: int = 0,
     cautious_decay: bool = False,
+    first_word: int = 0,
+    first_flag: int = 0,
 ) -> None:
     """The update of the parameters that any rank voted on. ``verdict``: (shards, planes, words),
-    integers v that stand for the direction (2 * v - scale) / scale; ``presence``: (ranks, flag
-    words), the flags of every rank."""
+    integers v that stand for the direction (2 * v - scale) / scale, in blank words for none;
+    ``blanks``: (shards, words / 32), of an odd scale, if it has any. ``trailers``: (ranks, words),
+    those of every rank; the parameters' flags begin at ``first_flag``. Writes nothing unless every
+    rank is ready and their digests are equal."""
     _check_written(params)
     _check_storage(params, "params")
     _check_planes(verdict, "verdict", 3)
-    _check_planes(presence, "presence", 2)
     _rule(scale >= 1, f"scale must be at least 1, got {scale}")
-    _check_flags(presence, "presence", len(params))
-    _check_room(params, verdict, "verdict")
+    _check_flags(trailers, first_flag, len(params))
+    _check_room(params, verdict, "verdict", first_word)
+    _check_blanks(blanks, "blanks", verdict, "there" if blanks is not None else None)
     check_one(lr, "lr")
     _check_amp(None, found_inf)
     _check_rounding(rounding, lows, params, step)

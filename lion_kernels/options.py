@@ -5,8 +5,8 @@ Knows no state and no steps.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -159,7 +159,8 @@ TABLE = (
     ),
     _choice(
         "ballots", "binary", ("binary", "ternary"),
-        "one bit, a zero vote being a coin, or two bits", of=(DISTRIBUTED_LION,),
+        "one bit, where words of zeros abstain and other zeros are coins, or two bits",
+        of=(DISTRIBUTED_LION,),
     ),
     _choice(
         "ties", "zero", ("zero", "coin"), "what a tied majority decides: no move, or a coin",
@@ -210,9 +211,22 @@ TABLE = (
         "seed", 0, "an integer in [0, 2**63)", "of coins and of stochastic rounding",
         partial(check_integer, rule="in [0, 2**63)", below=2**63),
     ),
+    Option(
+        "weight", 1, "an integer in [1, 255]", "as how many votes a rank's counts",
+        partial(check_integer, rule="in [1, 255]", low=1, below=256), of=(DISTRIBUTED_LION,),
+        agreed=False,
+    ),
     _flag("broadcast", True, "start with the parameters of rank 0", of=(DISTRIBUTED_LION,)),
     Option(
         "check_every", 0, "an integer of at least 0", "compare the replicas after so many steps",
+        partial(check_integer, rule="at least 0"), of=(DISTRIBUTED_LION,),
+    ),
+    Option(
+        "statistics_every", 0, "an integer of at least 0", "count votes after so many steps",
+        partial(check_integer, rule="at least 0"), of=(DISTRIBUTED_LION,),
+    ),
+    Option(
+        "audit_every", 0, "an integer of at least 0", "count a slice again after so many steps",
         partial(check_integer, rule="at least 0"), of=(DISTRIBUTED_LION,),
     ),
 )  # fmt: skip
@@ -262,6 +276,12 @@ class Settings:
     cautious: bool
     rescales: bool
     cautious_decay: bool
+
+    @cached_property
+    def digest(self) -> str:
+        """All of it but for a rate that lies on a device."""
+        lr = self.lr.item() if self.lr.device.type == "cpu" else "on the device"
+        return repr(replace(self, lr=lr))  # type: ignore[arg-type]
 
 
 # What Settings are read from: the same names for both optimizers.

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .coins import GAMMA, ROUNDING_STREAM, TIE_STREAM, mix64, stream_key
+from .coins import GAMMA, ROUNDING_STREAM, TIE_STREAM, ZERO_STREAM, mix64, stream_key
 from .declare import checked
 from .dense import like_storage, storage_order
 from .int8 import read_momentum, write_momentum
-from .layout import BITS_PER_WORD, words_of
+from .layout import BITS_PER_WORD, DIGEST, READY, STATUS, room_of, words_of
 
 
 def unpack(planes: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def encode(
     grads: Sequence[Tensor | None],
     exp_avgs: Sequence[Tensor],
     ballot: Tensor,
-    flags: Tensor,
+    blanks: Tensor | None,
     beta1: float,
     beta2: float,
     maximize: bool,
@@ -161,15 +161,20 @@ def encode(
     found_inf: Tensor | None = None,
     cautious: bool = False,
     block_scales: Sequence[Tensor] | None = None,
+    first_word: int = 0,
+    trailers: Tensor | None = None,
+    trailer: Tensor | None = None,
+    shared: Tensor | None = None,
 ) -> None:
-    """vote = sign(c), sent as v = (vote + 1) / 2 (one plane; a zero vote is a coin) or
-    v = vote + 1 (two planes). A non-finite c votes zero and leaves its momentum; cautious, a vote
-    that is not the gradient's sign is zero. Bit t of the flags: whether tensor t has a gradient."""
+    """vote = sign(c), sent as v = (vote + 1) / 2 (one plane) or v = vote + 1 (two planes). Beside
+    one plane, a word whose votes are all zero is blank, its bits 0; a zero elsewhere is a coin, its
+    opposite on every other rank, and in every other step. A non-finite c votes zero and leaves its
+    momentum; cautious, a vote that is not the gradient's sign is zero."""
+    if trailers is not None and trailer is not None and shared is not None:
+        trailers.copy_(_sealed(trailer, shared))
     if _is_set(found_inf):
         return
-    shards, n_planes, words_per_shard = ballot.shape
-    flat = torch.zeros(shards * words_per_shard * BITS_PER_WORD, dtype=torch.int64)
-    word = 0
+    votes, valid = [], []
     for i, (g, exp_avg) in enumerate(zip(grads, exp_avgs, strict=True)):
         m = read_momentum(exp_avg, _scale(block_scales, i)).float()
         vote = torch.zeros_like(m)
@@ -181,46 +186,127 @@ def encode(
             next_m = _interpolate(m, g, beta2, maximize, grad_scale)
             write_momentum(exp_avg, _scale(block_scales, i), torch.where(abstain, m, next_m))
             nonfinite += abstain.sum()
-        votes = storage_order(torch.empty_like(m).copy_(vote)).long()
-        if n_planes == 2:
-            v = votes + 1
-        else:
-            toss = coins(seed, rank, int(step.item()), word, words_of(votes.numel()))
-            v = torch.where(votes == 0, toss[: votes.numel()], (votes + 1) // 2)
-        flat[word * BITS_PER_WORD :][: v.numel()] = v
-        word += words_of(v.numel())
-    ballot.copy_(pack(flat.view(shards, -1), n_planes))
-    present = torch.zeros(flags.shape[1] * BITS_PER_WORD, dtype=torch.int64)
-    present[: len(grads)] = torch.tensor([g is not None for g in grads])
-    flags.copy_(pack(present, 1))
+        pad = (0, BITS_PER_WORD * room_of(m.numel()) - m.numel())
+        flat = storage_order(torch.empty_like(m).copy_(vote)).long()
+        votes.append(torch.nn.functional.pad(flat, pad))
+        valid.append(torch.nn.functional.pad(torch.ones_like(flat), pad))
+    v, is_element = (
+        torch.cat(votes or [torch.empty(0).long()]),
+        torch.cat(valid or [torch.empty(0).long()]),
+    )
+    n_words = v.numel() // BITS_PER_WORD
+    if ballot.shape[1] == 2:
+        _put(ballot, first_word, pack((v + 1) * is_element, 2))
+        return
+    assert blanks is not None
+    by_word = v.view(n_words, BITS_PER_WORD), is_element.view(n_words, BITS_PER_WORD)
+    blank = (by_word[0] == 0).all(1) & by_word[1].any(1)
+    count = int(step.item())
+    toss = coins(seed, ZERO_STREAM, count // 2, first_word, n_words) ^ ((rank + count) & 1)
+    bits = torch.where(v == 0, toss, (v + 1) // 2)
+    is_vote = is_element * ~blank.repeat_interleave(BITS_PER_WORD)
+    _put(ballot, first_word, pack(bits * is_vote, 1))
+    words_per_shard, flags = ballot.shape[2], unpack(blanks.unsqueeze(1))
+    for k, is_blank in enumerate(blank.long().tolist(), first_word):
+        flags[k // words_per_shard, k % words_per_shard] = is_blank
+    blanks.copy_(pack(flags, 1).squeeze(1))
+
+
+def _put(ballot: Tensor, first_word: int, planes: Tensor) -> None:
+    """Writes planes (planes, words) into a ballot, from a word of word space on."""
+    whole = ballot.transpose(0, 1).flatten(1).clone()
+    whole[:, first_word : first_word + planes.shape[1]] = planes
+    ballot.copy_(whole.unflatten(1, (ballot.shape[0], ballot.shape[2])).transpose(0, 1))
+
+
+def _sealed(trailer: Tensor, shared: Tensor) -> Tensor:
+    """A trailer whose digest has taken up what is shared."""
+    low, high = (int(word) & 0xFFFFFFFF for word in trailer[DIGEST:].tolist())
+    digest = low | high << 32
+    for value in shared.tolist():
+        digest = mix64(digest ^ (value & 2**64 - 1))
+    sealed = trailer.clone()
+    words = torch.tensor([digest & 0xFFFFFFFF, digest >> 32], dtype=torch.int64)
+    sealed[DIGEST:] = words.to(torch.int32)  # wraps
+    return sealed
+
+
+def _sum(
+    ballots: Tensor,
+    scale: int,
+    first_word: int,
+    seed: int,
+    step: Tensor,
+    blanks: Tensor | None,
+    weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Twice the sum of the ballots' integers, blank words at their middle; each element's coin; and
+    which words all left blank."""
+    n, _, n_words = ballots.shape
+    weight = torch.ones(n, dtype=torch.int64) if weights is None else weights.long()
+    twice = 2 * unpack(ballots)
+    is_blank = torch.zeros(n, n_words, dtype=torch.int64)
+    if blanks is not None:
+        is_blank = unpack(blanks.unsqueeze(1))[:, :n_words]
+        twice = torch.where(is_blank.repeat_interleave(BITS_PER_WORD, 1) == 1, 1, twice)
+    toss = coins(seed, TIE_STREAM, int(step.item()), first_word, n_words)
+    return (twice * weight.unsqueeze(1)).sum(0), toss, is_blank.all(0)
 
 
 @checked
-def tally(ballots: Tensor, tally: Tensor, scale: int) -> None:
-    """The sum of the ballots' integers."""
-    tally.copy_(pack(unpack(ballots).sum(0), tally.shape[0]))
+def tally(
+    ballots: Tensor,
+    tally: Tensor,
+    scale: int,
+    first_word: int,
+    seed: int,
+    step: Tensor,
+    blanks: Tensor | None = None,
+    out_blanks: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> None:
+    """The sum of the ballots' integers, a half rounded by a coin; 0 in a word that is blank."""
+    twice, toss, is_blank = _sum(ballots, scale, first_word, seed, step, blanks, weights)
+    v = (twice + toss) // 2
+    _write_count(v, is_blank, tally, out_blanks)
+
+
+def _write_count(v: Tensor, is_blank: Tensor, out: Tensor, out_blanks: Tensor | None) -> None:
+    if out_blanks is not None:
+        v = torch.where(is_blank.repeat_interleave(BITS_PER_WORD), 0, v)
+        pad = BITS_PER_WORD * out_blanks.shape[1] - is_blank.numel()
+        out_blanks.copy_(pack(torch.nn.functional.pad(is_blank.long(), (0, pad)), 1))
+    out.copy_(pack(v, out.shape[0]))
 
 
 @checked
 def elect(
-    ballots: Tensor, verdict: Tensor, scale: int, first_word: int, seed: int, step: Tensor
+    ballots: Tensor,
+    verdict: Tensor,
+    scale: int,
+    first_word: int,
+    seed: int,
+    step: Tensor,
+    blanks: Tensor | None = None,
+    out_blanks: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
     """The sum v of the ballots against scale / 2. One plane: 1 where v is more, or a tie's coin
-    falls so; two planes: 0, 1 or 2 where v is less, equal or more."""
-    twice = 2 * unpack(ballots).sum(0)
+    falls so, 0 in a word that is blank; two planes: 0, 1 or 2 where v is less, equal or more."""
+    twice, toss, is_blank = _sum(ballots, scale, first_word, seed, step, blanks, weights)
     if verdict.shape[0] == 2:
         v = (twice >= scale).long() + (twice > scale).long()
     else:
-        toss = coins(seed, TIE_STREAM, int(step.item()), first_word, verdict.shape[1])
         v = torch.where(twice == scale, toss, (twice > scale).long())
-    verdict.copy_(pack(v, verdict.shape[0]))
+    _write_count(v, is_blank, verdict, out_blanks)
 
 
 @checked
 def apply(
     params: Sequence[Tensor],
     verdict: Tensor,
-    presence: Tensor,
+    blanks: Tensor | None,
+    trailers: Tensor,
     scale: int,
     lr: Tensor,
     weight_decay: float,
@@ -230,20 +316,29 @@ def apply(
     lows: Sequence[Tensor] | None = None,
     seed: int = 0,
     cautious_decay: bool = False,
+    first_word: int = 0,
+    first_flag: int = 0,
 ) -> None:
-    """p = p * (1 - lr * weight_decay) - (lr / scale) * (2 * v - scale), for tensors that any rank
-    flagged as present; the others are left alone. Cautious decay: none where (2 * v - scale) * p
-    is below 0."""
-    if _is_set(found_inf):
+    """p = p * (1 - lr * weight_decay) - (lr / scale) * (2 * v - scale), without the last term in a
+    blank word, for tensors that any rank flagged as present; the others are left alone. Cautious
+    decay: none where (2 * v - scale) * p is below 0. Nothing where a rank is not ready, or another
+    has another digest."""
+    seals = trailers[:, DIGEST:]
+    is_agreed = bool((trailers[:, STATUS] == READY).all() and (seals == seals[:1]).all())
+    if _is_set(found_inf) or not is_agreed:
         return
     put = _Rounding(params, rounding, lows, seed, step)
     decay, step_size = _f32(1 - lr.item() * weight_decay), _f32(lr.item() * (1 / scale))
-    flags = unpack(presence.unsqueeze(-2)).any(0)
-    v = unpack(verdict).flatten()
-    present = flags.tolist()
+    flags = unpack(trailers.unsqueeze(-2)).any(0)
+    sums = 2 * unpack(verdict).flatten() - scale
+    if blanks is not None:
+        is_blank = unpack(blanks.unsqueeze(1))[:, : verdict.shape[2]].flatten()
+        sums = torch.where(is_blank.repeat_interleave(BITS_PER_WORD) == 1, 0, sums)
+    sums = sums[BITS_PER_WORD * first_word :]
+    present = flags[first_flag:].tolist()
     for i, (p, span) in enumerate(zip(params, _spans(params), strict=True)):
         if present[i]:
-            delta = like_storage((2 * v[span] - scale).float(), p)
+            delta = like_storage(sums[span].float(), p)
             whole = put.parameter(i)
             next_p = _fma(whole, decay, -step_size * delta)
             if cautious_decay:
@@ -338,4 +433,4 @@ def _spans(tensors: Sequence[Tensor]) -> Iterator[slice]:
     word = 0
     for t in tensors:
         yield slice(word * BITS_PER_WORD, word * BITS_PER_WORD + t.numel())
-        word += words_of(t.numel())
+        word += room_of(t.numel())

@@ -24,6 +24,7 @@ import codegen_contract as contract
 import forecast
 from lion_kernels.int8 import MOMENTUM_BLOCK
 from lion_kernels.kernels import config, launch
+from lion_kernels.layout import BITS_PER_WORD
 from lion_kernels.ops import ROUNDINGS
 
 ARCHS = (80, 90, 100)
@@ -36,8 +37,8 @@ PLANES = (1, 2, 4, 8, 16)
 TYPES = {
     "table_ptr": "*i64", "tile_rows_ptr": "*i32", "nonfinite_ptr": "*i64", "step_ptr": "*i64",
     "agreeing_ptr": "*i64",
-    "ballot_ptr": "*i32", "flags_ptr": "*i32", "flag_source_ptr": "*i64", "verdict_ptr": "*i32",
-    "presence_ptr": "*i32", "beta1": "fp32", "beta2": "fp32",
+    "ballot_ptr": "*i32", "verdict_ptr": "*i32", "blanks_ptr": "*i32", "trailers_ptr": "*i32",
+    "trailer_ptr": "*i32", "shared_ptr": "*i64", "beta1": "fp32", "beta2": "fp32",
 }  # fmt: skip
 KERNELS = {
     "step": launch._step_kernel,
@@ -54,7 +55,7 @@ SPECIAL = r"(?<!b)float16|stochastic|compensated|options|cautious"
 @dataclass(frozen=True)
 class Variant:
     """A kernel with its constants, and the bytes an element that its full tile reads and writes:
-    of each tensor, and of ballot or verdict."""
+    of each tensor; of ballot or verdict; and whether it has blank bits, one a word."""
 
     room: str
     name: str
@@ -63,17 +64,25 @@ class Variant:
     reads: tuple
     writes: tuple
     planes: int = 0
+    has_blanks: bool = False
+
+    @property
+    def bytes_of_votes(self):
+        return self.planes / 8 + self.has_blanks / 8 / BITS_PER_WORD
 
     @property
     def bytes_read(self):
         scale = 4 / MOMENTUM_BLOCK if "int8" in self.name else 0
-        return sum(self.reads) + scale + self.planes / 8 * (self.room == "apply")
+        return sum(self.reads) + scale + self.bytes_of_votes * (self.room == "apply")
 
     @property
     def bytes_moved(self):
         scale = 4 / MOMENTUM_BLOCK if "int8" in self.name and self.room != "agreeing" else 0
         return (
-            self.bytes_read + sum(self.writes) + scale + self.planes / 8 * (self.room == "encode")
+            self.bytes_read
+            + sum(self.writes)
+            + scale
+            + self.bytes_of_votes * (self.room == "encode")
         )
 
 
@@ -105,19 +114,20 @@ def variants():
                 "encode", f"{types}, {kind}",
                 config.encode_config(cautious),
                 {**types_of, "TERNARY": flag, "CAUTIOUS": cautious},
-                (g_size, m_size), (m_size,), 1 + flag,
+                (g_size, m_size), (m_size,), 1 + flag, not flag,
             )  # fmt: skip
-    for (p, dtype), planes, rounding, cautious in itertools.product(
-        DTYPES.items(), PLANES, ROUNDINGS, (False, True)
+    for (p, dtype), planes, blanks, rounding, cautious in itertools.product(
+        DTYPES.items(), PLANES, (False, True), ROUNDINGS, (False, True)
     ):
         if p == "float32" and rounding != "nearest":
             continue
         sizes = (dtype.itemsize,) * (2 if rounding == "compensated" else 1)
         constants = {"P": launch.TRITON_DTYPES[dtype], "ROUNDING": ROUNDINGS.index(rounding)}
+        constants |= {"PLANES": planes, "BLANKS": blanks, "CAUTIOUS": cautious}
         yield Variant(
-            "apply", f"{p}, planes {planes}, {rounding}" + ", cautious" * cautious,
-            config.apply_config(planes),
-            {**constants, "PLANES": planes, "CAUTIOUS": cautious}, sizes, sizes, planes,
+            "apply",
+            f"{p}, planes {planes}{' and blanks' * blanks}, {rounding}" + ", cautious" * cautious,
+            config.apply_config(planes), constants, sizes, sizes, planes, blanks,
         )  # fmt: skip
 
 

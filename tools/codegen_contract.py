@@ -10,12 +10,12 @@ import forecast
 
 # Variants a kernel: 3 x 4 types, plain and with options, 16-bit parameters with each of three
 # roundings; those that agree; binary and ternary, cautious or not; 3 types, five numbers of planes,
-# cautious or not.
+# with blank bits or without, cautious or not.
 VARIANTS = {
     "step": 2 * 4 * (1 + 2 * 3),
     "agreeing": 12,
     "encode": 48,
-    "apply": 2 * 5 * (1 + 2 * 3),
+    "apply": 2 * 2 * 5 * (1 + 2 * 3),
 }
 
 # Where arithmetic may take more than forecast.MOST of the memory's time, and why.

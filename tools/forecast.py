@@ -56,7 +56,7 @@ REGISTERS, WARPS, BLOCKS = 65536, 64, 32
 # Pipes by opcode, the first that matches: Nsight Compute's documentation names what each executes.
 PIPES = (
     ("fp64", r"D(ADD|MUL|FMA|SETP)|F2F.*F64|[IU]2F\.F64|DMMA"),
-    ("xu", r"MUFU|I2F(?!P)|F2I|F2F(?!P)|FRND|POPC|FLO|BREV"),
+    ("xu", r"MUFU|I2F(?!P)|F2I|F2F(?!P)|FRND|POPC|FLO|BREV|REDUX"),
     ("lsu", r"LD[GSLC]?\b|ST[GSL]?\b|LDSM|STSM|ATOM|RED\b|SHFL|MATCH"),
     ("imad", r"IMAD|IDP|HFMA2|HADD2|HMUL2"),
     ("fma", r"F(ADD|MUL|FMA|SWZADD)2?\b"),
@@ -148,7 +148,8 @@ def cycles(work: Work, warps: int, arch: int) -> dict[str, float]:
     """Cycles a tile that each pipe of a multiprocessor is busy. Warp instructions a cycle, from the
     throughput table of the CUDA programming guide: 4 issued; 2 of integers, logic and comparisons
     (64 results); 4 of float32 (2 on the A100), of which integer products may be 2; 2 of float64 (1
-    on the A100); 1 of loads, stores and shuffles; 0.5 of roots and conversions."""
+    on the A100); 1 of loads, stores and shuffles; 0.5 of roots, of conversions and of integers
+    that a warp reduces."""
     n = work.by_pipe.get
     fma = n("fma", 0) + n("imad", 0)
     per_warp = {

@@ -7,12 +7,11 @@ The builder compiles all into one module with a name of its own, which is also t
 ops, and writes both into a file _ops.py beside the package's modules.
 """
 
-import re
+import runpy
 import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-VERSION = re.search('= "(.+)"', (ROOT / "lion_kernels" / "_version.py").read_text())[1]
 
 # By the hub's convention, version 0 is not yet for production. Without -ffp-contract=off the CPU's
 # bits would be others. GPUs are those of the builder's own list.
@@ -54,12 +53,6 @@ NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
 MODULE = f".{NAMESPACE}"  # relative to the package
 '''
 
-ABOUT = f"""\
-#pragma once
-
-#define LION_KERNELS_VERSION "{VERSION}"
-"""
-
 
 def listed(paths: list[str]) -> str:
     return "[\n" + "".join(f'  "{path}",\n' for path in paths) + "]"
@@ -73,7 +66,9 @@ def assemble(folder: Path) -> None:
     shutil.copytree(ROOT / "lion_kernels", package, ignore=ignored)
     (package / "_namespace.py").write_text(NAMESPACE)
     shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("bindings.cpp"))
-    (csrc / "hub" / "version.h").write_text(ABOUT)
+    # Architectures stand in the metadata.json of the hub's build.
+    about = runpy.run_path(str(package / "_about.py"))["definitions"](package, cuda_archs="")
+    (csrc / "hub" / "about.cpp").write_text(about)
     # Headers too: the builder sees no file that is not named.
     sources = sorted(str(p.relative_to(folder)) for p in csrc.rglob("*.*"))
     cuda = [path for path in sources if path.startswith("csrc/cuda/")]

@@ -1,5 +1,7 @@
 #include "cpu/checks.h"
 
+#include <algorithm>
+
 #include "bitplanes.h"
 #include "cpu/words.h"
 #include "stable/errors.h"
@@ -31,15 +33,22 @@ void check_dense(const Tensor& tensor, const char* list, int64_t index, const Te
                "] must have strides ", wanted, ", got ", strides);
 }
 
-void check_flags(const Tensor& flags, const char* name, size_t n_tensors) {
-  LION_CHECK(words_of(static_cast<int64_t>(n_tensors)) <= flags.size(1), name, " has ",
-             flags.size(1) * kBitsPerWord, " flags, got ", n_tensors, " tensors");
+void check_flags(const Tensor& trailers, int64_t first_flag, size_t n_tensors) {
+  const int64_t room = (trailers.size(1) - kSealWords) * kBitsPerWord;
+  LION_CHECK(first_flag >= 0, "first_flag must be at least 0, got ", first_flag);
+  LION_CHECK(first_flag + static_cast<int64_t>(n_tensors) <= room, "trailers have ",
+             std::max<int64_t>(0, room), " flags, got ",
+             first_flag + static_cast<int64_t>(n_tensors), " tensors");
 }
 
-void check_room(int64_t n_words, const Tensor& planes, const char* name) {
-  LION_CHECK(n_words <= planes.size(0) * planes.size(2), name, " of shape ", planes.sizes(),
-             " has room for ", planes.size(0) * planes.size(2), " words a plane, the tensors need ",
-             n_words);
+void check_room(int64_t first_word, int64_t end_word, const Tensor& planes, const char* name) {
+  const int64_t words_per_shard = planes.size(2), room = planes.size(0) * words_per_shard;
+  LION_CHECK(words_per_shard % kOctet == 0, name, " must have a multiple of ", kOctet,
+             " words a shard, got ", words_per_shard);
+  LION_CHECK(first_word >= 0 && first_word % kOctet == 0, "first_word must be a multiple of ",
+             kOctet, ", got ", first_word);
+  LION_CHECK(end_word <= room, name, " has room for ", room, " words a plane, the tensors need ",
+             end_word);
 }
 
 void check_agreeing(const Tensor& agreeing, size_t n_tensors) {

@@ -19,10 +19,11 @@ DType momentum_dtype_of(ScalarType dtype, int64_t index);
 void check_dense(const Tensor& tensor, const char* list, int64_t index,
                  const Tensor* like = nullptr);
 
-// Raises unless there is a bit for each tensor.
-void check_flags(const Tensor& flags, const char* name, size_t n_tensors);
-// Raises unless the shards of a ballot or verdict hold so many words.
-void check_room(int64_t n_words, const Tensor& planes, const char* name);
+// Raises unless the trailers have a flag for each tensor, from first_flag on.
+void check_flags(const Tensor& trailers, int64_t first_flag, size_t n_tensors);
+// Raises unless the shards of a ballot or verdict are whole octets, and hold the words from
+// first_word to end_word.
+void check_room(int64_t first_word, int64_t end_word, const Tensor& planes, const char* name);
 // Raises unless there is an int64 for each tensor.
 void check_agreeing(const Tensor& agreeing, size_t n_tensors);
 

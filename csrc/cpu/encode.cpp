@@ -1,4 +1,4 @@
-// encode over lists of CPU tensors: one parallel region a call, then flags and padding.
+// encode over lists of CPU tensors: the trailers, then one parallel region.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -23,61 +23,112 @@ namespace {
 void abstain(int64_t count, const BallotRun& run) {
   for (int64_t i = 0; i * kBitsPerWord < count; ++i) {
     const int64_t rest = count - i * kBitsPerWord;
-    const uint32_t valid = rest >= kBitsPerWord ? ~0u : (1u << rest) - 1u;
     if (run.plane1 != nullptr) {
-      run.plane0[i] = valid;
+      run.plane0[i] = rest >= kBitsPerWord ? ~0u : (1u << rest) - 1u;
       run.plane1[i] = 0;
     } else {
-      run.plane0[i] = valid & coins(run.coin_key, run.first_word + static_cast<uint64_t>(i));
+      run.plane0[i] = 0;
+      run.blanks[i / kOctet] |= static_cast<uint8_t>(1u << (i % kOctet));
     }
   }
+}
+
+// Words of the last octet, behind the tensor's end.
+void pad(int64_t count, const BallotRun& run) {
+  const int64_t begin = words_of(count), n = octets_of(begin) * kOctet - begin;
+  std::fill_n(run.plane0 + begin, n, 0u);
+  if (run.plane1 != nullptr) std::fill_n(run.plane1 + begin, n, 0u);
+}
+
+// Every row becomes the trailer, whose digest (the last two words) takes up what is shared.
+void write_trailers(const OptionalTensor& trailers, const OptionalTensor& trailer,
+                    const OptionalTensor& shared, int64_t shards) {
+  LION_CHECK(
+      trailers.has_value() == trailer.has_value() && trailers.has_value() == shared.has_value(),
+      "trailers, trailer and shared must be given together");
+  if (!trailers.has_value()) return;
+  check_planes(*trailers, "trailers", 2);
+  check_planes(*trailer, "trailer", 1);
+  const int64_t n = trailers->size(1);
+  LION_CHECK(n >= kSealWords, "trailers must have at least ", kSealWords, " words, got ", n);
+  LION_CHECK(trailer->size(0) == n, "trailer must have ", n, " words, got ", trailer->size(0));
+  LION_CHECK(trailers->size(0) == shards, "trailers must have a row for each of ", shards,
+             " shards");
+  LION_CHECK(
+      shared->scalar_type() == dtypes::int64 && shared->dim() == 1 && shared->is_contiguous(),
+      "shared must be contiguous int64 of one dimension, got ", shared->scalar_type(), " of shape ",
+      shared->sizes());
+  std::vector<int32_t> sealed(static_cast<size_t>(n));
+  const size_t bytes = sealed.size() * sizeof(int32_t);
+  std::memcpy(sealed.data(), trailer->const_data_ptr<int32_t>(), bytes);
+  uint32_t words[2];
+  std::memcpy(words, sealed.data() + n - 2, sizeof words);
+  uint64_t digest = words[0] | static_cast<uint64_t>(words[1]) << 32;
+  for (int64_t i = 0; i < shared->numel(); ++i)
+    digest = mix64(digest ^ static_cast<uint64_t>(shared->const_data_ptr<int64_t>()[i]));
+  words[0] = static_cast<uint32_t>(digest);
+  words[1] = static_cast<uint32_t>(digest >> 32);
+  std::memcpy(sealed.data() + n - 2, words, sizeof words);
+  for (int64_t shard = 0; shard < shards; ++shard)
+    std::memcpy(trailers->data_ptr<int32_t>() + shard * trailers->stride(0), sealed.data(), bytes);
 }
 
 }  // namespace
 
 void cpu::encode(const MaybeTensors& grads, const Tensors& exp_avgs, const Tensor& ballot,
-                 const Tensor& flags, double beta1, double beta2, bool maximize, int64_t seed,
-                 int64_t rank, const Tensor& step, const Tensor& nonfinite,
+                 const OptionalTensor& blanks, double beta1, double beta2, bool maximize,
+                 int64_t seed, int64_t rank, const Tensor& step, const Tensor& nonfinite,
                  const OptionalTensor& grad_scale, const OptionalTensor& found_inf, bool cautious,
-                 const OptionalTensors& block_scales) {
+                 const OptionalTensors& block_scales, int64_t first_word,
+                 const OptionalTensor& trailers, const OptionalTensor& trailer,
+                 const OptionalTensor& shared) {
   LION_CHECK(grads.size() == exp_avgs.size(), "grads and exp_avgs must have equal lengths, got ",
              grads.size(), " and ", exp_avgs.size());
   check_planes(ballot, "ballot", 3);
   LION_CHECK(ballot.size(1) == 1 || ballot.size(1) == 2,
              "ballot must have 1 plane (binary) or 2 (ternary), got ", ballot.size(1));
-  Lists lists(exp_avgs.size(), &block_scales);
-  std::vector<uint32_t> present(static_cast<size_t>(words_of(exp_avgs.size())), 0u);
+  const bool ternary = ballot.size(1) == 2;
+  LION_CHECK(blanks.has_value() != ternary, "blanks must be ",
+             ternary ? "None" : "there: one plane cannot say zero");
+  if (blanks.has_value()) check_blanks(*blanks, "blanks", ballot.size(0), ballot.size(2));
+  Lists lists(exp_avgs.size(), &block_scales, kNearest, nullptr, first_word);
   for (size_t i = 0; i < exp_avgs.size(); ++i) {
     const OptionalTensor& g = grads[i];
     const Tensor& m = exp_avgs[i];
     lists.append({nullptr, g.has_value() ? &*g : nullptr, &m}, m);
-    if (g.has_value()) present[i / kBitsPerWord] |= 1u << (i % kBitsPerWord);
   }
-  check_room(lists.n_words(), ballot, "ballot");
-  check_planes(flags, "flags", 2);
-  LION_CHECK(flags.size(0) == ballot.size(0), "flags must have a row for each of ", ballot.size(0),
-             " shards, got ", flags.size(0));
-  check_flags(flags, "flags", exp_avgs.size());
-
-  const bool ternary = ballot.size(1) == 2;
-  const uint64_t key = coin_key(seed, rank, count_of(step, "step"));
+  check_room(first_word, lists.end_word(), ballot, "ballot");
+  const int64_t count = count_of(step, "step");
+  const uint64_t key = coin_key(seed, kZeroStream, count >> 1);
+  const uint32_t flip = (rank + count) % 2 == 0 ? 0u : ~0u;  // the other side of every coin
   count_of(nonfinite, "nonfinite");
   const LionScalars scalars = scalars_of(beta1, beta2, 0.0, 0.0, maximize, grad_scale);
-  if (is_set(found_inf)) return;
+  const bool is_skipped = is_set(found_inf);
+  write_trailers(trailers, trailer, shared, ballot.size(0));
+  if (is_skipped) return;
   auto* words = reinterpret_cast<uint32_t*>(ballot.data_ptr<int32_t>());
-  const int64_t words_per_shard = ballot.size(2);
+  auto* blank = ternary ? nullptr : reinterpret_cast<uint8_t*>(blanks->data_ptr<int32_t>());
   const int64_t shard_stride = ballot.stride(0), plane_stride = ballot.stride(1);
+  const int64_t blank_stride =
+      ternary ? 0 : blanks->stride(0) * static_cast<int64_t>(sizeof(int32_t));
   const SimdLevel& kernels = simd_level();
   std::atomic<int64_t> skipped{0};
   const auto& encodes = kernels.encode[cautious];
   // Calls visit(segment, where its ballot goes) for the pieces of a segment in each shard.
   const auto for_each_piece = [&](size_t t, const Segment& run, const auto& visit) {
-    lists.for_each_piece(words_per_shard, t, run,
-                         [&](int64_t shard, int64_t word, int64_t first_word, const Segment& s) {
-                           uint32_t* plane0 = words + shard * shard_stride + word;
-                           visit(s, BallotRun{plane0, ternary ? plane0 + plane_stride : nullptr,
-                                              key, static_cast<uint64_t>(first_word)});
-                         });
+    const auto go = [&](int64_t shard, int64_t word, int64_t place, const Segment& s) {
+      uint32_t* plane0 = words + shard * shard_stride + word;
+      BallotRun to{plane0, nullptr, nullptr, key, static_cast<uint64_t>(place), flip};
+      if (ternary) {
+        to.plane1 = plane0 + plane_stride;
+      } else {
+        to.blanks = blank + shard * blank_stride + word / kOctet;
+        std::memset(to.blanks, 0, static_cast<size_t>(octets_of(words_of(s.count))));
+      }
+      visit(s, to);
+      if (s.offset + s.count == lists[t].numel) pad(s.count, to);
+    };
+    lists.for_each_piece(ballot.size(2), t, run, go);
   };
   lists.for_each_run([&](size_t t, const Segment& whole) {
     const Item& item = lists[t];
@@ -94,17 +145,6 @@ void cpu::encode(const MaybeTensors& grads, const Tensors& exp_avgs, const Tenso
       });
     });
   });
-  // Words behind the last tensor: the buffer may hold anything.
-  split_by_shard(words_per_shard, lists.n_words(), ballot.size(0) * words_per_shard,
-                 [&](int64_t shard, int64_t word, int64_t begin, int64_t end) {
-                   for (int64_t b = 0; b < ballot.size(1); ++b)
-                     std::fill_n(words + shard * shard_stride + b * plane_stride + word,
-                                 end - begin, 0u);
-                 });
-  present.resize(static_cast<size_t>(flags.size(1)), 0u);
-  for (int64_t shard = 0; shard < flags.size(0); ++shard)
-    std::memcpy(flags.data_ptr<int32_t>() + shard * flags.stride(0), present.data(),
-                present.size() * sizeof(uint32_t));
   if (skipped != 0) count_up(nonfinite, skipped);
 }
 

@@ -50,8 +50,12 @@ const Tensor& present_in(const MaybeTensors& tensors, const char* name, size_t i
 }
 
 Lists::Lists(size_t n_items, const OptionalTensors* block_scales, Rounding rounding,
-             const OptionalTensors* lows)
-    : scales_(block_scales), lows_(lows), rounding_(rounding), n_items_(n_items) {
+             const OptionalTensors* lows, int64_t first_word)
+    : scales_(block_scales),
+      lows_(lows),
+      rounding_(rounding),
+      n_items_(n_items),
+      space_(first_word) {
   items_.reserve(n_items);
   space_.first.reserve(n_items + 1);
 }

@@ -37,14 +37,15 @@ class Lists {
   // block_scales: of int8 momenta; lows: what the parameters dropped, compensated rounding only.
   // Null where the op has no such list.
   Lists(size_t n_items, const OptionalTensors* block_scales, Rounding rounding = kNearest,
-        const OptionalTensors* lows = nullptr);
+        const OptionalTensors* lows = nullptr, int64_t first_word = 0);
 
   // Lays the entry behind the others. Raises ValueError unless all of it lies on the device and in
   // the memory layout of `like`, which is one of its tensors.
   Item& append(const Entry& entry, const Tensor& like);
 
   size_t size() const { return items_.size(); }
-  int64_t n_words() const { return space_.n_words(); }
+  // The word behind the last.
+  int64_t end_word() const { return space_.end(); }
   const Item& operator[](size_t t) const { return items_[t]; }
   // The word of element `offset` of item t.
   int64_t word_of(size_t t, int64_t offset) const {
@@ -80,7 +81,7 @@ class Lists {
   WordSpace space_;
 };
 
-// Elements of an int8 momentum that are float32 at a time: 2 KiB.
+// Elements of an int8 momentum that are float32 at a time: 2 KiB, two octets.
 constexpr int64_t kChunk = 4 * kBlock;
 
 template <class T>

@@ -15,39 +15,42 @@ namespace lion {
 
 inline int64_t words_of(int64_t numel) { return (numel + kBitsPerWord - 1) / kBitsPerWord; }
 
+// Words whose blank bits are one byte. Tensors and shards are whole octets, and what a thread takes
+// is; so it holds whole blocks of int8 momenta too.
+constexpr int64_t kOctet = 8;
+static_assert(kOctet * kBitsPerWord % kBlock == 0);
+inline int64_t octets_of(int64_t n_words) { return (n_words + kOctet - 1) / kOctet; }
+inline int64_t room_of(int64_t numel) { return octets_of(words_of(numel)) * kOctet; }
+
+// At the end of a trailer: status, version, and a digest of two words.
+constexpr int64_t kSealWords = 4;
+
 // Words a parallel task takes at the least: 32,768 elements.
 constexpr int64_t kGrainWords = 1024;
-constexpr int64_t kWordsPerBlock = kBlock / kBitsPerWord;
 
 // Tensors laid end to end in word space: tensor t owns words [first[t], first[t + 1]).
 struct WordSpace {
-  std::vector<int64_t> first{0};
-  void append(int64_t numel) { first.push_back(first.back() + words_of(numel)); }
-  int64_t n_words() const { return first.back(); }
+  std::vector<int64_t> first;
+  explicit WordSpace(int64_t first_word) : first{first_word} {}
+  void append(int64_t numel) { first.push_back(first.back() + room_of(numel)); }
+  int64_t end() const { return first.back(); }
   size_t tensor_of(int64_t word) const {
     return std::upper_bound(first.begin(), first.end(), word) - first.begin() - 1;
   }
 
-  // The first word at or behind `word` that starts a block of its tensor, or another tensor.
-  int64_t block_at(int64_t word) const {
-    if (word >= n_words()) return word;
-    const size_t t = tensor_of(word);
-    const int64_t blocks = (word - first[t] + kWordsPerBlock - 1) / kWordsPerBlock;
-    return std::min(first[t] + blocks * kWordsPerBlock, first[t + 1]);
-  }
-
-  // Calls visit(t, begin, end) for each tensor that has words in [begin, end), in parallel runs
-  // that no block lies across.
+  // Calls visit(t, begin, end) for each tensor that has words in [begin, end), in parallel runs of
+  // whole octets.
   template <class Visit>
   void for_each_run(const Visit& visit) const {
-    parallel_for(n_words(), kGrainWords, [&](int64_t from, int64_t to) {
-      int64_t begin = block_at(from);
-      const int64_t end = block_at(to);
-      if (begin >= end) return;
-      for (size_t t = tensor_of(begin); begin < end; ++t) {
-        const int64_t stop = std::min(end, first[t + 1]);
-        if (stop > begin) visit(t, begin, stop);
-        begin = std::max(begin, stop);
+    const int64_t n_octets = (end() - first[0]) / kOctet;
+    parallel_for(n_octets, kGrainWords / kOctet, [&](int64_t from, int64_t to) {
+      int64_t begin = first[0] + from * kOctet;
+      const int64_t stop = first[0] + to * kOctet;
+      if (begin >= stop) return;
+      for (size_t t = tensor_of(begin); begin < stop; ++t) {
+        const int64_t last = std::min(stop, first[t + 1]);
+        if (last > begin) visit(t, begin, last);
+        begin = std::max(begin, last);
       }
     });
   }
@@ -60,17 +63,6 @@ inline Segment segment_of(const WordSpace& space, size_t t, int64_t begin, int64
                           int64_t numel) {
   const int64_t offset = (begin - space.first[t]) * kBitsPerWord;
   return {offset, std::min(numel - offset, (end - begin) * kBitsPerWord)};
-}
-
-// Calls visit(shard, word in shard, begin, end) for the pieces of [begin, end) in each shard.
-template <class Visit>
-void split_by_shard(int64_t words_per_shard, int64_t begin, int64_t end, const Visit& visit) {
-  while (begin < end) {
-    const int64_t shard = begin / words_per_shard;
-    const int64_t stop = std::min(end, (shard + 1) * words_per_shard);
-    visit(shard, begin - shard * words_per_shard, begin, stop);
-    begin = stop;
-  }
 }
 
 }  // namespace lion

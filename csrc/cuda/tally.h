@@ -17,7 +17,7 @@ struct CudaTally {
   // on the device, and reading it on the host would wait for the device.
   TallyRun run;
   int64_t n_words;
-  const int64_t* step;  // device memory; read only where ties are tossed
+  const int64_t* step;  // device memory; read only where coins are tossed
 };
 
 // They return what the launches returned; without words nothing is launched.

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "about.h"
 #include "coin.h"
 #include "cuda/tally.h"
 #include "planes.h"
@@ -36,26 +37,42 @@ void launch(cudaError_t (*launcher)(const CudaTally&, cudaStream_t), const CudaT
   const torch::stable::accelerator::DeviceGuard guard(device);
   check_cuda(cudaSetDevice(device));
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  check(aoti_torch_get_current_cuda_stream(device, &stream), "the current CUDA stream");
   check_cuda(launcher(task, static_cast<cudaStream_t>(stream)));
 }
 
-void tally(const Tensor& ballots, const Tensor& tally, int64_t scale) {
-  check_devices(ballots, tally, "tally");
-  const CudaTally task{check_tally(ballots, tally, scale), tally.size(1), nullptr};
-  launch(launch_tally, task, ballots.device().index);
-}
-
-void elect(const Tensor& ballots, const Tensor& verdict, int64_t scale, int64_t first_word,
-           int64_t seed, const Tensor& step) {
-  check_devices(ballots, verdict, "verdict");
+void check_all_devices(const Tensor& ballots, const Tensor& out, const char* name,
+                       const Tensor& step, const CountOptions& options) {
+  check_devices(ballots, out, name);
   LION_CHECK(step.scalar_type() == dtypes::int64 && step.numel() == 1,
              "step must be one int64, got ", step.scalar_type(), " of shape ", step.sizes());
   check_devices(ballots, step, "step");
-  CudaTally task{check_elect(ballots, verdict, scale, first_word), verdict.size(1),
-                 step.const_data_ptr<int64_t>()};
-  task.run.coin_key = mix64(mix64(static_cast<uint64_t>(seed)) ^ static_cast<uint64_t>(kTieStream));
-  launch(launch_elect, task, ballots.device().index);
+  if (options.blanks.has_value()) check_devices(ballots, *options.blanks, "blanks");
+  if (options.out_blanks.has_value()) check_devices(ballots, *options.out_blanks, "out_blanks");
+  if (options.weights.has_value()) check_devices(ballots, *options.weights, "weights");
+}
+
+CudaTally task_of(TallyRun run, const Tensor& out, int64_t seed, const Tensor& step) {
+  run.coin_key = mix64(mix64(static_cast<uint64_t>(seed)) ^ static_cast<uint64_t>(kTieStream));
+  return {run, out.size(1), step.const_data_ptr<int64_t>()};
+}
+
+void tally(const Tensor& ballots, const Tensor& tally, int64_t scale, int64_t first_word,
+           int64_t seed, const Tensor& step, const OptionalTensor& blanks,
+           const OptionalTensor& out_blanks, const OptionalTensor& weights) {
+  const CountOptions options{first_word, blanks, out_blanks, weights};
+  check_all_devices(ballots, tally, "tally", step, options);
+  const TallyRun run = check_tally(ballots, tally, scale, options);
+  launch(launch_tally, task_of(run, tally, seed, step), ballots.device().index);
+}
+
+void elect(const Tensor& ballots, const Tensor& verdict, int64_t scale, int64_t first_word,
+           int64_t seed, const Tensor& step, const OptionalTensor& blanks,
+           const OptionalTensor& out_blanks, const OptionalTensor& weights) {
+  const CountOptions options{first_word, blanks, out_blanks, weights};
+  check_all_devices(ballots, verdict, "verdict", step, options);
+  const TallyRun run = check_elect(ballots, verdict, scale, options);
+  launch(launch_elect, task_of(run, verdict, seed, step), ballots.device().index);
 }
 
 }  // namespace
@@ -71,6 +88,10 @@ extern "C" __attribute__((visibility("default"))) const char* lion_kernels_take_
   static thread_local std::string refusal;
   refusal = lion::take_refusal();
   return refusal.c_str();
+}
+
+extern "C" __attribute__((visibility("default"))) const char* lion_kernels_schemas_digest() {
+  return lion::about::schemas_digest;
 }
 
 // What went wrong, or null.

@@ -1,6 +1,6 @@
 // The twin of csrc/bindings.cpp for the Hugging Face hub: the same functions in Python's limited
 // API, as one module with the CUDA part, under the name that the hub's builder gives it. Not part
-// of the build of setup.py; tools/hub.py puts it beside version.h, which it writes.
+// of the build of setup.py; tools/hub.py puts it beside about.cpp, which it writes.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -11,12 +11,12 @@
 #include <string_view>
 #include <vector>
 
+#include "about.h"
 #include "bitplanes.h"
 #include "identity.h"
 #include "register.h"
 #include "simd/levels.h"
 #include "stable/errors.h"
-#include "version.h"
 
 namespace {
 
@@ -50,11 +50,10 @@ PyObject* list_of(const std::vector<std::string>& names) {
   return list;
 }
 
-// Architectures stand in the metadata.json of the hub's build.
 PyObject* build_info(PyObject*, PyObject*) {
   return calling([] {
-    return Py_BuildValue("{s:s,s:s,s:s,s:N,s:i}", "version", LION_KERNELS_VERSION, "cuda_archs", "",
-                         "simd", lion::simd_level().name, "simd_levels",
+    return Py_BuildValue("{s:s,s:s,s:s,s:N,s:i}", "version", lion::about::version, "cuda_archs",
+                         lion::about::cuda_archs, "simd", lion::simd_level().name, "simd_levels",
                          list_of(lion::simd_levels()), "bits_per_word",
                          static_cast<int>(lion::kBitsPerWord));
   });
@@ -150,4 +149,10 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT,
 
 }  // namespace
 
-PyMODINIT_FUNC LION_INIT(TORCH_EXTENSION_NAME)() { return PyModule_Create(&module); }
+PyMODINIT_FUNC LION_INIT(TORCH_EXTENSION_NAME)() {
+  PyObject* made = PyModule_Create(&module);
+  if (made != nullptr &&
+      PyModule_AddStringConstant(made, "schemas_digest", lion::about::schemas_digest) != 0)
+    Py_CLEAR(made);
+  return made;
+}

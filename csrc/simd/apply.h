@@ -13,11 +13,14 @@
 LION_SIMD_BEGIN
 namespace lion::LION_SIMD_LEVEL {
 
-// kPlanes = 0: as many as the run says.
-template <bool kCautiousDecay, int kRounding, class P, int kPlanes>
+// kPlanes = 0: as many as the run says. kBlanks: some words may be blank.
+template <bool kCautiousDecay, int kRounding, class P, int kPlanes, bool kBlanks>
 void apply_planes(P* p_data, Low<kRounding, P>* low_data, int64_t n, const VerdictRun& verdict,
                   const RoundingRun& rounding) {
   const int n_planes = kPlanes == 0 ? verdict.n_planes : kPlanes;
+  const uint32_t* const plane0 = verdict.plane0;
+  const uint8_t* const blanks = verdict.blanks;
+  const int64_t plane_stride = verdict.plane_stride;
   const Vec decay = fill(verdict.decay), step_size = fill(verdict.step_size);
   const Vec lowest = fill(-verdict.scale);
   for_each_word(
@@ -27,10 +30,12 @@ void apply_planes(P* p_data, Low<kRounding, P>* low_data, int64_t n, const Verdi
         for (int j = 0; j < kVecs; ++j) sum[j] = lowest;
         float weight = 2.0f;
         for (int b = 0; b < n_planes; ++b, weight *= 2.0f) {
-          const uint32_t bits = verdict.plane0[b * verdict.plane_stride + i];
+          const uint32_t bits = plane0[b * plane_stride + i];
           for (int j = 0; j < kVecs; ++j)
             sum[j] = add_where(sum[j], bits >> (j * Vec::kLanes), fill(weight));
         }
+        if (kBlanks && ((blanks[i / 8] >> (i % 8)) & 1) != 0)
+          for (int j = 0; j < kVecs; ++j) sum[j] = fill(0.0f);
         for (int j = 0; j < kVecs; ++j) {
           const int at = j * Vec::kLanes;
           const Vec p = load_parameter<kRounding, P>(p_word + at, low_word + at);
@@ -49,11 +54,16 @@ void apply_row(void* p_data, void* low_data, int64_t n, const VerdictRun& verdic
                const RoundingRun& rounding) {
   P* p = static_cast<P*>(p_data);
   auto* low = static_cast<Low<kRounding, P>*>(low_data);
+  const bool has_blanks = verdict.blanks != nullptr;  // which two planes of scale 2 have not
+  if (verdict.n_planes == 1 && has_blanks)
+    return apply_planes<kCautiousDecay, kRounding, P, 1, true>(p, low, n, verdict, rounding);
   if (verdict.n_planes == 1)
-    return apply_planes<kCautiousDecay, kRounding, P, 1>(p, low, n, verdict, rounding);
-  if (verdict.n_planes == 2)
-    return apply_planes<kCautiousDecay, kRounding, P, 2>(p, low, n, verdict, rounding);
-  apply_planes<kCautiousDecay, kRounding, P, 0>(p, low, n, verdict, rounding);
+    return apply_planes<kCautiousDecay, kRounding, P, 1, false>(p, low, n, verdict, rounding);
+  if (verdict.n_planes == 2 && !has_blanks)
+    return apply_planes<kCautiousDecay, kRounding, P, 2, false>(p, low, n, verdict, rounding);
+  if (has_blanks)
+    return apply_planes<kCautiousDecay, kRounding, P, 0, true>(p, low, n, verdict, rounding);
+  apply_planes<kCautiousDecay, kRounding, P, 0, false>(p, low, n, verdict, rounding);
 }
 
 // float32 parameters drop nothing: theirs is one rounding.

@@ -20,7 +20,7 @@ namespace lion::LION_SIMD_LEVEL {
 constexpr float kLargest = 127.0f;
 
 // Whether any of the block is -128, eight at a time: a zero byte is what borrows.
-inline bool has_not_finite(const int8_t* q_block) {
+LION_INLINE bool has_not_finite(const int8_t* q_block) {
   constexpr uint64_t kOnes = 0x0101010101010101u;
   uint64_t words[kBlock / 8], zero = 0;
   std::memcpy(words, q_block, kBlock);
@@ -31,7 +31,7 @@ inline bool has_not_finite(const int8_t* q_block) {
   return (zero & (128 * kOnes)) != 0;
 }
 
-inline void dequantize_block(const int8_t* q_block, const float* scale_data, float* m_block) {
+LION_INLINE void dequantize_block(const int8_t* q_block, const float* scale_data, float* m_block) {
   float scale;
   std::memcpy(&scale, scale_data, sizeof(scale));
   for (int k = 0; k < kBlock; k += Vec::kLanes) {
@@ -44,14 +44,14 @@ inline void dequantize_block(const int8_t* q_block, const float* scale_data, flo
       if (q_block[k] == -128) m_block[k] = NAN;
 }
 
-inline float largest_of(const float* m_block) {
+LION_INLINE float largest_of(const float* m_block) {
   Vec top = magnitude(load(m_block));
   for (int k = Vec::kLanes; k < kBlock; k += Vec::kLanes)
     top = maximum(top, magnitude(load(m_block + k)));
   return largest(top);
 }
 
-inline void quantize_block(const float* m_block, int8_t* q_block, float* scale) {
+LION_INLINE void quantize_block(const float* m_block, int8_t* q_block, float* scale) {
   alignas(64) float finite_block[kBlock];
   const float* source = m_block;
   float top = largest_of(m_block);
@@ -78,7 +78,7 @@ inline void quantize_block(const float* m_block, int8_t* q_block, float* scale) 
       if (m_block[k] - m_block[k] != 0.0f) q_block[k] = -128;
 }
 
-inline void dequantize_run(const int8_t* q, const float* block_scales, int64_t n, float* m) {
+LION_INLINE void dequantize_run(const int8_t* q, const float* block_scales, int64_t n, float* m) {
   for (; n >= kBlock; n -= kBlock, q += kBlock, ++block_scales, m += kBlock)
     dequantize_block(q, block_scales, m);
   if (n == 0) return;
@@ -89,7 +89,7 @@ inline void dequantize_run(const int8_t* q, const float* block_scales, int64_t n
   std::memcpy(m, padded_m, static_cast<size_t>(n) * sizeof(float));
 }
 
-inline void quantize_run(const float* m, int64_t n, int8_t* q, float* block_scales) {
+LION_INLINE void quantize_run(const float* m, int64_t n, int8_t* q, float* block_scales) {
   for (; n >= kBlock; n -= kBlock, q += kBlock, ++block_scales, m += kBlock)
     quantize_block(m, q, block_scales);
   if (n == 0) return;

@@ -25,7 +25,7 @@ constexpr int64_t kBlock = 128;
 // The random bits of stochastic rounding.
 struct RoundingRun {
   uint64_t key;
-  uint64_t first_word;  // position of the run in the whole ballot
+  uint64_t first_word;  // position of the run in the word space of its list
 };
 
 // Scalars of one call, rounded to float32 once, on the host.
@@ -44,14 +44,17 @@ struct LionScalars {
 struct BallotRun {
   uint32_t* plane0;
   uint32_t* plane1;     // null: binary ballot
+  uint8_t* blanks;      // binary only: a bit a word, cleared
   uint64_t coin_key;    // binary only: replaces zero votes
-  uint64_t first_word;  // position in the whole ballot, for the coins
+  uint64_t first_word;  // position in word space, for the coins
+  uint32_t flip;        // what coins are turned by
 };
 
 // Where a run of words lies in a verdict or tally.
 struct VerdictRun {
   const uint32_t* plane0;
-  int64_t plane_stride;  // words
+  int64_t plane_stride;   // words
+  const uint8_t* blanks;  // a bit a word: no move; null where there are none
   int n_planes;
   float scale, step_size;  // step_size = lr / scale
   float decay;

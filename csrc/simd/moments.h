@@ -24,7 +24,7 @@ struct Moments {
 };
 
 // Cautious Lion (arXiv:2411.16085): drops the lanes whose sign is not that of the gradient.
-inline void keep_agreeing(const LionScalars& s, const Vec& g, uint32_t& up, uint32_t& down) {
+LION_INLINE void keep_agreeing(const LionScalars& s, const Vec& g, uint32_t& up, uint32_t& down) {
   const Vec slope = multiply(g, fill(s.one_minus_beta1 < 0.0f ? -1.0f : 1.0f));
   up &= positive(slope);
   down &= negative(slope);

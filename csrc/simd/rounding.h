@@ -42,7 +42,7 @@ alignas(64) const uint32_t kLaneSteps[16] = {0x00000000u, 0x9E3779B9u, 0x3C6EF37
 
 // 16 random bits for each of a word's 32 elements: one 64-bit hash a word, a 32-bit mixer (Wellons
 // 2018, "lowbias32") for elements k and k + 16.
-inline void random_bits(const RoundingRun& run, int64_t i, WordVec (&out)[kVecs]) {
+LION_INLINE void random_bits(const RoundingRun& run, int64_t i, WordVec (&out)[kVecs]) {
   const uint64_t hash = mix64(run.key + (run.first_word + static_cast<uint64_t>(i)) * kGamma);
   constexpr int kHalf = kVecs / 2;
   for (int j = 0; j < kHalf; ++j) {
@@ -58,14 +58,14 @@ inline void random_bits(const RoundingRun& run, int64_t i, WordVec (&out)[kVecs]
 }
 
 // a to a neighbour that the storage type has, up or down at random; infinities and NaN stay.
-inline void round_at_random(const BF16*, Vec& a, const WordVec& random) {
+LION_INLINE void round_at_random(const BF16*, Vec& a, const WordVec& random) {
   Vec rounded;
   set_bits(rounded, (bits_of(a) + random) & 0xFFFF0000u);
   a = select(finite(a), rounded, a);
 }
 // Below 2^-14 fp16 has a fixed point: multiples of 2^-24. Only such numbers are converted, others
 // may not fit.
-inline Vec round_tiny_at_random(const Vec& a, const WordVec& noise, uint32_t is_tiny) {
+LION_INLINE Vec round_tiny_at_random(const Vec& a, const WordVec& noise, uint32_t is_tiny) {
   const FloatVec units =
       bit_cast<FloatVec>(bits_of(select(is_tiny, magnitude(a), Vec{}))) * 0x1p24f +
       __builtin_convertvector(bit_cast<IntVec>(noise), FloatVec) * 0x1p-13f;
@@ -75,7 +75,7 @@ inline Vec round_tiny_at_random(const Vec& a, const WordVec& noise, uint32_t is_
   set_bits(out, bit_cast<WordVec>(cut) | (bits_of(a) & 0x80000000u));
   return out;
 }
-inline void round_at_random(const F16*, Vec& a, const WordVec& random) {
+LION_INLINE void round_at_random(const F16*, Vec& a, const WordVec& random) {
   const WordVec noise = random & 0x1FFFu;
   Vec rounded;
   set_bits(rounded, (bits_of(a) + noise) & 0xFFFFE000u);
@@ -85,11 +85,11 @@ inline void round_at_random(const F16*, Vec& a, const WordVec& random) {
 }
 
 template <int kRounding, class P>
-inline Vec load_parameter(const P* p, const Low<kRounding, P>*) {
+LION_INLINE Vec load_parameter(const P* p, const Low<kRounding, P>*) {
   return load(p);
 }
 template <>
-inline Vec load_parameter<kCompensated, BF16>(const BF16* p, const int16_t* low) {
+LION_INLINE Vec load_parameter<kCompensated, BF16>(const BF16* p, const int16_t* low) {
   ShortVec dropped;
   std::memcpy(&dropped, low, sizeof(dropped));
   Vec a = load(p);
@@ -97,25 +97,25 @@ inline Vec load_parameter<kCompensated, BF16>(const BF16* p, const int16_t* low)
   return a;
 }
 template <>
-inline Vec load_parameter<kCompensated, F16>(const F16* p, const F16* low) {
+LION_INLINE Vec load_parameter<kCompensated, F16>(const F16* p, const F16* low) {
   return fma(load(p), fill(1.0f), load(low));
 }
 
 // Stores values that P can hold: for bf16 the upper halves, without rounding them again.
 template <class P>
-inline void store_exact(P* p, const Vec (&a)[kVecs]) {
+LION_INLINE void store_exact(P* p, const Vec (&a)[kVecs]) {
   store_word(p, a);
 }
 #if defined(LION_SIMD_AVX512)
-inline void store_exact(BF16* p, const Vec (&a)[2]) {
+LION_INLINE void store_exact(BF16* p, const Vec (&a)[2]) {
   store_upper_halves(p, _mm512_castps_si512(a[0].v), _mm512_castps_si512(a[1].v));
 }
 #endif
 
 // Stores the 32 parameters of word i of the run.
 template <int kRounding, class P>
-inline void store_parameters(P* p, Low<kRounding, P>* low, Vec (&a)[kVecs], const RoundingRun& run,
-                             int64_t i) {
+LION_INLINE void store_parameters(P* p, Low<kRounding, P>* low, Vec (&a)[kVecs],
+                                  const RoundingRun& run, int64_t i) {
   if constexpr (kRounding == kStochastic) {
     WordVec random[kVecs];
     random_bits(run, i, random);

@@ -34,3 +34,7 @@
 #define LION_SIMD_BEGIN LION_PRAGMA(GCC push_options) LION_PRAGMA(GCC target(LION_SIMD_TARGET))
 #define LION_SIMD_END LION_PRAGMA(GCC pop_options)
 #endif
+
+// Of what a loop over words is made of: left to choose, a compiler stops to inline when a level has
+// grown, and a call in such a loop costs a fifth of its time.
+#define LION_INLINE inline __attribute__((always_inline))

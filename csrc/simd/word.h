@@ -20,21 +20,21 @@ constexpr uint32_t kAllLanes = static_cast<uint32_t>((1ull << Vec::kLanes) - 1);
 // Stores one word's elements. The bf16 form of a level that can round two vectors together is in
 // vec.h.
 template <class T>
-inline void store_word(T* x, const Vec (&a)[kVecs]) {
+LION_INLINE void store_word(T* x, const Vec (&a)[kVecs]) {
   for (int j = 0; j < kVecs; ++j) store(x + j * Vec::kLanes, a[j]);
 }
 
 template <class T>
-inline void copy_back(const T* edge, T* data, size_t count) {
+LION_INLINE void copy_back(const T* edge, T* data, size_t count) {
   std::memcpy(data, edge, count * sizeof(T));
 }
 template <class T>
-inline void copy_back(const T*, const T*, size_t) {}
+LION_INLINE void copy_back(const T*, const T*, size_t) {}
 
 // Runs `word(offset, pointers...)` for every 32 elements; the last, partial word goes through
 // zero-padded copies, so that the vector code never sees an edge. `valid` has a bit an element.
 template <class Word, class... T>
-inline void for_each_word(int64_t n, Word word, T*... data) {
+LION_INLINE void for_each_word(int64_t n, Word word, T*... data) {
   const int64_t full = n / kBitsPerWord;
   for (int64_t i = 0; i < full; ++i) word(i, ~0u, (data + i * kBitsPerWord)...);
   const int64_t rest = n - full * kBitsPerWord;

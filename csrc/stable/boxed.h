@@ -4,19 +4,20 @@
 
 #include <Python.h>
 #include <torch/csrc/stable/c/shim.h>
-#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "stable/errors.h"
 #include "stable/tensor.h"
 
 namespace lion {
@@ -58,10 +59,10 @@ struct Argument<std::string> {
     auto* string = pointer_of<StringOpaque>(value);
     size_t length = 0;
     const char* data = nullptr;
-    TORCH_ERROR_CODE_CHECK(torch_string_length(string, &length));
-    TORCH_ERROR_CODE_CHECK(torch_string_c_str(string, &data));
+    check(torch_string_length(string, &length), "length", " of a string");
+    check(torch_string_c_str(string, &data), "text", " of a string");
     std::string out(data, length);
-    TORCH_ERROR_CODE_CHECK(torch_delete_string(string));
+    check(torch_delete_string(string), "to free a string");
     return out;
   }
 };
@@ -81,15 +82,15 @@ struct Argument<std::vector<T>> {
   static std::vector<T> take(StableIValue value) {
     auto* list = pointer_of<StableListOpaque>(value);
     size_t n = 0;
-    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &n));
+    check(torch_list_size(list, &n), "size", " of a list");
     std::vector<T> out;
     out.reserve(n);
     for (size_t i = 0; i < n; ++i) {
       StableIValue item = 0;
-      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      check(torch_list_get_item(list, i, &item), "an item", " of a list");
       out.push_back(Argument<T>::take(item));
     }
-    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+    check(torch_delete_list(list), "to free a list");
     return out;
   }
 };
@@ -114,7 +115,12 @@ struct Boxed;
 
 template <class... Args, void (*op)(Args...)>
 struct Boxed<op> {
-  static void run(StableIValue* stack, uint64_t, uint64_t) {
+  static void run(StableIValue* stack, uint64_t n_args, uint64_t) {
+    // Before one is taken: of another op's, none is what its type says.
+    if (n_args != sizeof...(Args))
+      throw std::runtime_error("lion_kernels was built for an op of " +
+                               std::to_string(sizeof...(Args)) + " arguments, got " +
+                               std::to_string(n_args) + ": build it again");
     run(stack, std::index_sequence_for<Args...>{});
   }
 

@@ -1,8 +1,11 @@
 // How the ops refuse: std::invalid_argument, which arrives in Python as ValueError, up to
 // torch 2.14. Torch 2.15 makes a RuntimeError of all that an op throws: lion_kernels/declare.py
-// asks what it was.
+// asks what it was. And how they pass on what torch refuses: as RuntimeError.
 #pragma once
 
+#include <dlfcn.h>
+
+#include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -20,6 +23,24 @@ template <class... Parts>
   (message << ... << parts);
   last_refusal = message.str();
   throw std::invalid_argument(last_refusal);
+}
+
+// Torch's C functions return a code. Why they failed is said by a function that came with torch
+// 2.13, and is looked up, since this library also serves those before, which only print it.
+[[noreturn]] inline __attribute__((noinline, cold)) void raise_torch_error(const char* asked,
+                                                                           const char* of) {
+  using What = const char* (*)();
+  constexpr const char* kWhat = "torch_exception_get_what_without_backtrace";
+  const auto what = reinterpret_cast<What>(dlsym(RTLD_DEFAULT, kWhat));
+  const char* said = what == nullptr ? nullptr : what();
+  std::string message = std::string("torch refused ") + asked + of;
+  if (said != nullptr) message.append(": ").append(said);
+  throw std::runtime_error(message);
+}
+
+// Raises RuntimeError unless torch did what it was asked for, as in ("sizes", " of a tensor").
+inline void check(int32_t code, const char* asked, const char* of = "") {
+  if (__builtin_expect(code != 0, false)) raise_torch_error(asked, of);
 }
 
 }  // namespace lion

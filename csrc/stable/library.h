@@ -4,13 +4,14 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/version.h>
-#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
 #include <initializer_list>
 #include <set>
 #include <stdexcept>
 #include <string>
+
+#include "stable/errors.h"
 
 namespace lion {
 
@@ -28,10 +29,13 @@ inline void implement(const char* name_space, const char* device,
   if (!taken.insert(place).second)
     throw std::runtime_error("lion_kernels is registered in " + place + " already");
   TorchLibraryHandle library = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_library_init_impl(name_space, device, __FILE__, __LINE__, &library));
+  check(aoti_torch_library_init_impl(name_space, device, __FILE__, __LINE__, &library),
+        "to register ops in ", name_space);
+  // The version says how values lie on the stack. Torch's headers name their own, for they take the
+  // values; here boxed.h does, as torch 2.11 lays them, whatever headers it is built with.
   for (const Implementation& each : implementations)
-    TORCH_ERROR_CODE_CHECK(torch_library_impl(library, each.op, each.run, TORCH_ABI_VERSION));
+    check(torch_library_impl(library, each.op, each.run, TORCH_TARGET_VERSION), "to register ",
+          each.op);
 }
 
 }  // namespace lion

@@ -2,9 +2,10 @@
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
-#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
+
+#include "stable/errors.h"
 
 namespace lion {
 
@@ -14,7 +15,7 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
   const auto call = [](int64_t begin, int64_t end, void* context) {
     (*static_cast<const Body*>(context))(begin, end);
   };
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, call, const_cast<Body*>(&body)));
+  check(torch_parallel_for(0, n, grain, call, const_cast<Body*>(&body)), "to work in parallel");
 }
 
 }  // namespace lion

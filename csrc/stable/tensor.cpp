@@ -66,7 +66,7 @@ double Tensor::item() const {
   if (dtype == dtypes::float32) return *const_data_ptr<float>();
   if (dtype == dtypes::int64) return static_cast<double>(*const_data_ptr<int64_t>());
   double value = 0.0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_item_float64(handle_, &value));
+  check(aoti_torch_item_float64(handle_, &value), "value", " of a tensor");
   return value;
 }
 

@@ -4,13 +4,14 @@
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
-#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <ostream>
 #include <utility>
+
+#include "stable/errors.h"
 
 namespace lion {
 
@@ -78,32 +79,34 @@ class Tensor {
     if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
   }
 
-  int64_t dim() const { return get<int64_t>(aoti_torch_get_dim); }
-  int64_t numel() const { return get<int64_t>(aoti_torch_get_numel); }
+  int64_t dim() const { return get<int64_t>(aoti_torch_get_dim, "rank"); }
+  int64_t numel() const { return get<int64_t>(aoti_torch_get_numel, "numel"); }
   Extents sizes() const {
-    return {get<int64_t*>(aoti_torch_get_sizes), static_cast<size_t>(dim())};
+    return {get<int64_t*>(aoti_torch_get_sizes, "sizes"), static_cast<size_t>(dim())};
   }
   Extents strides() const {
-    return {get<int64_t*>(aoti_torch_get_strides), static_cast<size_t>(dim())};
+    return {get<int64_t*>(aoti_torch_get_strides, "strides"), static_cast<size_t>(dim())};
   }
   Layout layout() const {
     const auto n = static_cast<size_t>(dim());
-    return {{get<int64_t*>(aoti_torch_get_sizes), n}, {get<int64_t*>(aoti_torch_get_strides), n}};
+    return {{get<int64_t*>(aoti_torch_get_sizes, "sizes"), n},
+            {get<int64_t*>(aoti_torch_get_strides, "strides"), n}};
   }
   // Of a dimension that exists.
-  int64_t size(int64_t d) const { return get<int64_t*>(aoti_torch_get_sizes)[d]; }
-  int64_t stride(int64_t d) const { return get<int64_t*>(aoti_torch_get_strides)[d]; }
-  bool is_contiguous() const { return get<bool>(aoti_torch_is_contiguous); }
-  ScalarType scalar_type() const { return {get<int32_t>(aoti_torch_get_dtype)}; }
+  int64_t size(int64_t d) const { return get<int64_t*>(aoti_torch_get_sizes, "sizes")[d]; }
+  int64_t stride(int64_t d) const { return get<int64_t*>(aoti_torch_get_strides, "strides")[d]; }
+  bool is_contiguous() const { return get<bool>(aoti_torch_is_contiguous, "layout"); }
+  ScalarType scalar_type() const { return {get<int32_t>(aoti_torch_get_dtype, "dtype")}; }
   int64_t element_size() const {
     return static_cast<int64_t>(aoti_torch_dtype_element_size(scalar_type().number));
   }
   Device device() const {
-    return {get<int32_t>(aoti_torch_get_device_type), get<int32_t>(aoti_torch_get_device_index)};
+    return {get<int32_t>(aoti_torch_get_device_type, "device"),
+            get<int32_t>(aoti_torch_get_device_index, "device")};
   }
 
-  const void* const_data_ptr() const { return get<const void*>(torch_get_const_data_ptr); }
-  void* data_ptr() const { return get<void*>(torch_get_mutable_data_ptr); }
+  const void* const_data_ptr() const { return get<const void*>(torch_get_const_data_ptr, "data"); }
+  void* data_ptr() const { return get<void*>(torch_get_mutable_data_ptr, "data"); }
   template <class T>
   const T* const_data_ptr() const {
     return static_cast<const T*>(const_data_ptr());
@@ -117,9 +120,9 @@ class Tensor {
 
  private:
   template <class T>
-  T get(AOTITorchError (*function)(AtenTensorHandle, T*)) const {
+  T get(AOTITorchError (*function)(AtenTensorHandle, T*), const char* asked) const {
     T value{};
-    TORCH_ERROR_CODE_CHECK(function(handle_, &value));
+    check(function(handle_, &value), asked, " of a tensor");
     return value;
   }
 

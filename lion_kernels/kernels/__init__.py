@@ -32,7 +32,7 @@ def require(vote: bool) -> None:
     vote, those of the CUDA build."""
     _launch()
     if vote and not native.has_cuda:
-        raise RuntimeError(_NOT_BUILT)
+        _not_built()
 
 
 _NOT_BUILT = (
@@ -50,7 +50,7 @@ def _triton(name: str) -> Any:
 
 
 def _not_built(*_: Any) -> None:
-    raise RuntimeError(_NOT_BUILT)
+    raise RuntimeError(native.cuda_error or _NOT_BUILT)
 
 
 native.REQUIRED["cuda"] = require

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: table rows, tiles, moments, packed bytes, coins.
+"""What the Triton kernels share: table rows, tiles, moments, packed bytes, blank words, coins.
 
 A program handles BLOCK consecutive elements of one tensor: as one tile of BLOCK // 8 bytes of 8,
 read and written 16 bytes at a time, or, at a tensor's end, across shards and where pointers are not
@@ -16,10 +16,10 @@ DATA = tl.constexpr(0)
 GRAD = tl.constexpr(1)
 EXP_AVG = tl.constexpr(2)
 NUMEL = tl.constexpr(3)
-FIRST_WORD = tl.constexpr(4)  # place in the group's word space
+FIRST_WORD = tl.constexpr(4)  # place in the list's word space
 FIRST_TILE = tl.constexpr(5)  # the program that handles the tensor's first tile
 ALIGNED = tl.constexpr(6)  # whether every pointer of the row is a multiple of 16
-INDEX = tl.constexpr(7)  # place in the list; -1: no tensor, words that only fill the ballot
+INDEX = tl.constexpr(7)  # place in the list; -1: no tensor
 LOW = tl.constexpr(8)
 SCALE = tl.constexpr(9)
 COLUMNS = tl.constexpr(10)
@@ -31,8 +31,9 @@ EDGE = tl.constexpr(512)
 RUNTIME = (
     "lr", "lr_address", "lr_bytes", "weight_decay", "complement1", "complement2", "key", "scale",
     "inverse_scale",
-    "words_per_shard", "shard_stride", "plane_stride", "n_ranks", "presence_stride",
-    "flags_stride", "n_flag_words", "n_tiles", "rounding_key", "advance",
+    "words_per_shard", "shard_stride", "plane_stride", "blank_stride", "first_word", "flip",
+    "n_ranks", "trailers_stride", "n_trailer_words", "first_flag", "n_shared", "n_tiles",
+    "rounding_key", "advance",
     "skip", "cautious", "cautious_decay", "agreeing_address",
     "grad_scale_address", "found_inf_address",
 )  # fmt: skip
@@ -60,16 +61,24 @@ def is_full(row, left, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def first_word(row, start):
-    """The tile's first word in the group's word space, int32."""
-    return (row[FIRST_WORD] + start // 32).to(tl.int32)
+def word_of(row, start, first_word):
+    """The tile's first word in the election's word space, int32, where the list begins at
+    ``first_word``."""
+    return (row[FIRST_WORD] + start // 32).to(tl.int32) + first_word
 
 
 @triton.jit
-def is_full_in_one_shard(row, start, left, words_per_shard, BLOCK: tl.constexpr):
+def shard_of(word, words_per_shard):
+    """The shard of a word of word space, and the word's place there, int32."""
+    shard = (word.to(tl.uint32) // words_per_shard.to(tl.uint32)).to(tl.int32)
+    return shard, word - shard * words_per_shard
+
+
+@triton.jit
+def is_full_in_one_shard(row, start, left, first_word, words_per_shard, BLOCK: tl.constexpr):
     """Whether the program has one tile without masks whose words follow one another."""
-    end = first_word(row, start) % words_per_shard + BLOCK // 32
-    return is_full(row, left, BLOCK) & (end <= words_per_shard)
+    _, word = shard_of(word_of(row, start, first_word), words_per_shard)
+    return is_full(row, left, BLOCK) & (word + BLOCK // 32 <= words_per_shard)
 
 
 @triton.jit
@@ -195,17 +204,28 @@ def count(n, counter_ptr):
 
 @triton.jit
 def byte_ptr(
-    plane_ptr, first_word, words_per_shard, shard_stride, TILE: tl.constexpr, MASKED: tl.constexpr
+    plane_ptr, word, words_per_shard, shard_stride, TILE: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Pointers to a tile's bytes (bytes,) in plane 0 of (shards, planes, words); ``first_word`` is
-    the tile's in the group's word space, int32. One division, where the tile lies in one shard."""
+    """Pointers to a tile's bytes (bytes,) in plane 0 of (shards, planes, words); ``word`` is the
+    tile's first in word space, int32. One division, where the tile lies in one shard."""
     byte = tl.arange(0, TILE // 8)
-    word = first_word + (byte // 4 if MASKED else 0)
-    shard = word // words_per_shard
-    address = shard.to(tl.int64) * shard_stride + (word - shard * words_per_shard)
+    shard, place = shard_of(word + (byte // 4 if MASKED else 0), words_per_shard)
+    address = shard.to(tl.int64) * shard_stride + place
     in_word = byte % 4 if MASKED else byte
     ptr = plane_ptr.to(tl.pointer_type(tl.uint8)) + (4 * address + in_word)
     return tl.max_contiguous(ptr, 1)  # as in_plane
+
+
+@triton.jit
+def blank_ptr(
+    blanks_ptr, word, words_per_shard, blank_stride, TILE: tl.constexpr, MASKED: tl.constexpr
+):
+    """Pointers (bytes,) to the blank bits of each byte's octet, in (shards, blank words)."""
+    byte = tl.arange(0, TILE // 8)
+    shard, place = shard_of(word + (byte // 4 if MASKED else 0), words_per_shard)
+    octet = (place >> 3) + (0 if MASKED else byte // 32)
+    ptr = blanks_ptr.to(tl.pointer_type(tl.uint8))
+    return ptr + (4 * (shard.to(tl.int64) * blank_stride) + octet)
 
 
 @triton.jit
@@ -235,12 +255,37 @@ def coin_key(key, step_ptr):
 
 
 @triton.jit
-def binary_vote(code, key, step, word, in_word):
-    """The byte of votes of a code, mapped over codes: a zero vote is a coin, and a thread without
-    one tosses none. One hash is the 32 coins of a ballot word."""
+def _or(x, y):
+    return x | y
+
+
+@triton.jit
+def blank_bytes(code, left, TILE: tl.constexpr, MASKED: tl.constexpr):
+    """The blank bits of each byte's octet, (bytes,): a word is blank unless a byte of it has a vote
+    that is not zero, or none of its bytes is a tensor's. An octet is 32 bytes, which a warp holds:
+    to join them is one instruction."""
+    byte = tl.arange(0, TILE // 8)
+    zero = (code >> 8) & 0xFF
+    if MASKED:
+        n = tl.minimum(tl.maximum(left - 8 * byte, 0), 8)
+        is_loud = (zero != (1 << n) - 1) | (32 * (byte // 4) >= left)
+    else:
+        is_loud = zero != 0xFF
+    one = is_loud.to(tl.int32) << (byte // 4 % 8)
+    loud = tl.reduce(tl.reshape(one, (TILE // 256, 32)), 1, _or)
+    loud = tl.reshape(loud[:, None] + tl.zeros([1, 32], tl.int32), (TILE // 8,))
+    return loud ^ 0xFF
+
+
+@triton.jit
+def binary_vote(code, blank, key, step, flip, word, in_word):
+    """The byte of votes of a code, mapped over codes: a zero vote is a coin, or its opposite where
+    ``flip`` is -1, but 0 in a blank word; and a thread without one tosses none. One hash is the 32
+    coins of a word."""
     vote = code & 0xFF
     zero = (code >> 8) & 0xFF
     if zero != 0:
         z = mix64(mix64(key ^ step) + word.to(tl.uint64) * 0x9E3779B97F4A7C15)
-        vote = vote | (zero & (z >> (32 + 8 * in_word).to(tl.uint64)).to(tl.int32))
+        toss = (z >> (32 + 8 * in_word).to(tl.uint64)).to(tl.int32) ^ flip
+        vote = vote | tl.where((blank >> (word & 7)) & 1 == 1, 0, zero & toss)
     return vote

@@ -32,9 +32,9 @@ AGREEING = Config(block=2048, num_warps=4, registers=64)
 # float32 with eight planes, cautious, spills 8 bytes, and so at 88 does bfloat16 with stochastic
 # rounding under triton 3.6; a multiprocessor holds five programs at 88 as at 96.
 APPLY = Config(block=4096, num_warps=4, registers=96)
-# More than eight planes: at 128, bfloat16 with 16 planes and compensated rounding spills 16 bytes
-# on sm_100 under triton 3.6.
-APPLY_MANY_PLANES = Config(block=4096, num_warps=4, registers=144)
+# More than eight planes: at 144, float32 with 16 planes and blank bits spills 32 bytes; a
+# multiprocessor holds three programs at 144 as at 168.
+APPLY_MANY_PLANES = Config(block=4096, num_warps=4, registers=168)
 
 
 def step_config(is_plain: bool) -> Config:

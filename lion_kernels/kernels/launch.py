@@ -15,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import ops
-from ..coins import ROUNDING_STREAM, stream_key
-from ..layout import pack_flags
-from .apply import FLAG_WORDS, RANKS, _any_kernel, _apply_kernel
+from ..coins import ROUNDING_STREAM, ZERO_STREAM, stream_key
+from .apply import JOINED_WORDS, RANKS, _advance_kernel, _apply_kernel, _join_kernel
 from .config import AGREEING, apply_config, encode_config, options, step_config
 from .encode import _encode_kernel
 from .step import _agreeing_kernel, _step_kernel
@@ -79,12 +78,14 @@ def _check_place(tensor: Tensor, name: str, device: torch.device, dtype: torch.d
         )
 
 
-def _check_words(planes: Tensor, name: str, device: torch.device, n_words: int = 0) -> None:
-    if planes.device != device:
-        raise ValueError(f"{name} must be on {device}, got {planes.device}")
-    if planes.shape[-1] > 1 and planes.stride(-1) != 1:
+def _check_words(words: Tensor | None, name: str, device: torch.device, n_words: int = 0) -> None:
+    if words is None:
+        return
+    if words.device != device:
+        raise ValueError(f"{name} must be on {device}, got {words.device}")
+    if words.shape[-1] > 1 and words.stride(-1) != 1:
         raise ValueError(
-            f"{name} must have unit stride in its last dimension, got strides {planes.stride()}"
+            f"{name} must have unit stride in its last dimension, got strides {words.stride()}"
         )
     if n_words >= 2**31:
         raise ValueError(f"a group must have fewer than 2**31 ballot words, got {n_words}")
@@ -95,9 +96,14 @@ def _shapes(*scalars: Tensor | None) -> tuple[object, ...]:
     return tuple(None if t is None else (t.shape, t.dtype) for t in scalars)
 
 
-def _layouts(*planes: Tensor) -> tuple[object, ...]:
-    """What the checks of ballots, verdicts and flags depend on."""
-    return tuple((t.shape, t.stride(), t.dtype, t.device) for t in planes)
+def _layouts(*words: Tensor | None) -> tuple[object, ...]:
+    """What the checks of ballots, verdicts, blank bits and trailers depend on."""
+    return tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in words)
+
+
+def _stride(words: Tensor | None) -> int:
+    """From row to row of blank bits or trailers."""
+    return 0 if words is None else words.stride(0)
 
 
 def _complements(beta1: float, beta2: float, maximize: bool) -> tuple[int, int]:
@@ -254,7 +260,7 @@ def encode(
     grads: Sequence[Tensor | None],
     exp_avgs: Sequence[Tensor],
     ballot: Tensor,
-    flags: Tensor,
+    blanks: Tensor | None,
     beta1: float,
     beta2: float,
     maximize: bool,
@@ -266,6 +272,10 @@ def encode(
     found_inf: Tensor | None = None,
     cautious: bool = False,
     block_scales: Sequence[Tensor] | None = None,
+    first_word: int = 0,
+    trailers: Tensor | None = None,
+    trailer: Tensor | None = None,
+    shared: Tensor | None = None,
 ) -> None:
     """See reference.encode."""
     given = {**locals()}
@@ -273,50 +283,47 @@ def encode(
 
     def launches() -> Launches:
         ops.CHECKS["encode"](**given)
-        n_words = ballot.shape[0] * ballot.shape[2]
-        _check_words(ballot, "ballot", device, n_words)
-        _check_words(flags, "flags", device)
+        _check_words(ballot, "ballot", device, ballot.shape[0] * ballot.shape[2])
+        _check_words(blanks, "blanks", device)
+        _check_words(trailers, "trailers", device)
+        _check_words(trailer, "trailer", device)
+        _check_words(shared, "shared", device)
         check_dense(exp_avgs, "exp_avgs", exp_avgs, device)
         check_dense(grads, "grads", exp_avgs)
         absent, used = [None] * len(exp_avgs), _used(exp_avgs, block_scales)
         return rows_by_dtypes(
-            absent,
-            grads,
-            exp_avgs,
-            lows=absent,
-            block_scales=used,
-            decided_by=(grads, exp_avgs),
-            n_words=n_words,
+            absent, grads, exp_avgs, lows=absent, block_scales=used, decided_by=(grads, exp_avgs)
         )
 
-    def flag_words() -> list[int]:
-        return pack_flags([g is not None for g in grads], flags.shape[1])
-
-    buffers = _layouts(ballot, flags)
+    buffers = _layouts(ballot, blanks, trailers, trailer, shared)
     tensors, addresses = identity(grads, exp_avgs, block_scales or ())
-    key = ("encode", *tensors, *buffers, *_shapes(step, grad_scale, found_inf))
+    key = ("encode", *tensors, *buffers, first_word, *_shapes(step, grad_scale, found_inf))
     _check_place(step, "step", device, torch.int64)
     _check_place(nonfinite, "nonfinite", device, torch.int64)
     complement1, complement2 = _complements(beta1, beta2, maximize)
-    coin_key = _signed(stream_key(seed, rank))
+    coin_key = _signed(stream_key(seed, ZERO_STREAM))
     scale_address = _address(grad_scale, "grad_scale", device)
     found_inf_address = _address(found_inf, "found_inf", device)
     config = encode_config(cautious)
     with _on(device):
-        found = tables(
-            key, addresses, config.block, device=device, launches=launches, flags=flag_words
-        )
+        found = tables(key, addresses, config.block, device=device, launches=launches)
         shards, planes, words_per_shard = ballot.shape
         for i, ((g_dtype, m_dtype), table) in enumerate(found):
-            # The first launch has a program more for each shard, which writes its flags.
-            n_programs = table.n_tiles + (shards if i == 0 else 0)
+            # The first launch has a program more for each shard, which writes its trailer.
+            n_programs = table.n_tiles + (shards if i == 0 and trailers is not None else 0)
             _encode_kernel[(n_programs,)](
-                table.rows, table.tile_rows, ballot, flags_ptr=flags, flag_source_ptr=table.flags,
+                table.rows, table.tile_rows, ballot,
+                blanks_ptr=ballot if blanks is None else blanks,
+                trailers_ptr=ballot if trailers is None else trailers,
+                trailer_ptr=ballot if trailer is None else trailer,
+                shared_ptr=step if shared is None else shared,
                 nonfinite_ptr=nonfinite, step_ptr=step, beta1=beta1, complement1=complement1,
-                beta2=beta2, complement2=complement2, key=coin_key,
-                words_per_shard=max(1, words_per_shard), shard_stride=ballot.stride(0),
-                plane_stride=ballot.stride(1), flags_stride=flags.stride(0),
-                n_flag_words=flags.shape[1], n_tiles=table.n_tiles,
+                beta2=beta2, complement2=complement2, key=coin_key, flip=-(rank & 1),
+                first_word=first_word, words_per_shard=max(1, words_per_shard),
+                shard_stride=ballot.stride(0), plane_stride=ballot.stride(1),
+                blank_stride=_stride(blanks), trailers_stride=_stride(trailers),
+                n_trailer_words=0 if trailer is None else trailer.numel(),
+                n_shared=0 if shared is None else shared.numel(), n_tiles=table.n_tiles,
                 grad_scale_address=scale_address, found_inf_address=found_inf_address,
                 G=TRITON_DTYPES[g_dtype], M=TRITON_DTYPES[m_dtype], TERNARY=planes == 2,
                 CAUTIOUS=cautious,
@@ -324,16 +331,16 @@ def encode(
             )  # fmt: skip
 
 
-def _joined(presence: Tensor) -> Tensor:
-    """The flags that each program of apply reads, those of a few ranks: joined by a launch before
-    it, where there are more."""
-    if presence.shape[0] <= RANKS.value:
-        return presence
-    joined = presence.new_empty(1, presence.shape[1])
-    n_programs = max(1, -(-presence.shape[1] // FLAG_WORDS.value))
-    _any_kernel[(n_programs,)](
-        presence, joined, presence.shape[0], presence_stride=presence.stride(0),
-        n_flag_words=presence.shape[1], num_warps=4,
+def _joined(trailers: Tensor) -> Tensor:
+    """The trailers that each program of apply reads, those of a few ranks: of more, a launch before
+    it makes two that say the same."""
+    n_ranks, n_words = trailers.shape
+    if n_ranks <= RANKS.value:
+        return trailers
+    joined = trailers.new_empty(2, n_words)
+    _join_kernel[(-(-n_words // JOINED_WORDS.value),)](
+        trailers, joined, n_ranks, trailers_stride=trailers.stride(0), n_trailer_words=n_words,
+        num_warps=4,
     )  # fmt: skip
     return joined
 
@@ -341,7 +348,8 @@ def _joined(presence: Tensor) -> Tensor:
 def apply(
     params: Sequence[Tensor],
     verdict: Tensor,
-    presence: Tensor,
+    blanks: Tensor | None,
+    trailers: Tensor,
     scale: int,
     lr: Tensor,
     weight_decay: float,
@@ -351,6 +359,8 @@ def apply(
     lows: Sequence[Tensor] | None = None,
     seed: int = 0,
     cautious_decay: bool = False,
+    first_word: int = 0,
+    first_flag: int = 0,
 ) -> None:
     """See reference.apply."""
     given = {**locals()}
@@ -359,7 +369,8 @@ def apply(
     def launches() -> Launches:
         ops.CHECKS["apply"](**given)
         _check_words(verdict, "verdict", device, verdict.shape[0] * verdict.shape[2])
-        _check_words(presence, "presence", device)
+        _check_words(blanks, "blanks", device)
+        _check_words(trailers, "trailers", device)
         check_dense(params, "params", params, device)
         absent, kept = [None] * len(params), _kept(params, lows)
         check_dense(kept, "lows", params)
@@ -367,9 +378,12 @@ def apply(
             params, absent, absent, lows=kept, block_scales=absent, decided_by=(params,)
         )
 
-    buffers = _layouts(verdict, presence)
+    buffers = _layouts(verdict, blanks, trailers)
     tensors, addresses = identity((), params, lows or ())
-    key = ("apply", *tensors, rounding, *buffers, scale, *_shapes(lr, step, found_inf))
+    key = (
+        "apply", *tensors, rounding, *buffers, scale, first_word, first_flag,
+        *_shapes(lr, step, found_inf),
+    )  # fmt: skip
     _check_place(step, "step", device, torch.int64)
     rate = _rate(lr, device)
     found_inf_address = _address(found_inf, "found_inf", device)
@@ -378,19 +392,27 @@ def apply(
         _, planes, words_per_shard = verdict.shape
         config = apply_config(planes)
         found = tables(key, addresses, config.block, device=device, launches=launches)
-        flags = _joined(presence)
+        joined = _joined(trailers)
+        ranks = {
+            "n_ranks": joined.shape[0],
+            "trailers_stride": joined.stride(0),
+            "n_trailer_words": joined.shape[1],
+        }
         for i, ((dtype,), table) in enumerate(found):
             _apply_kernel[(table.n_tiles,)](
-                table.rows, table.tile_rows, verdict, presence_ptr=flags, step_ptr=step,
-                **rate, weight_decay=_bits(weight_decay), scale=scale,
-                inverse_scale=_bits(1.0 / scale), words_per_shard=max(1, words_per_shard),
-                shard_stride=verdict.stride(0), plane_stride=verdict.stride(1),
-                n_ranks=flags.shape[0], presence_stride=flags.stride(0),
-                advance=int(i == 0 and in_kernel), found_inf_address=found_inf_address,
-                rounding_key=_rounding_key(seed),
+                table.rows, table.tile_rows, verdict,
+                blanks_ptr=verdict if blanks is None else blanks, trailers_ptr=joined,
+                step_ptr=step, **rate, weight_decay=_bits(weight_decay), scale=scale,
+                inverse_scale=_bits(1.0 / scale), first_word=first_word,
+                words_per_shard=max(1, words_per_shard), shard_stride=verdict.stride(0),
+                plane_stride=verdict.stride(1), blank_stride=_stride(blanks), **ranks,
+                first_flag=first_flag, advance=int(i == 0 and in_kernel),
+                found_inf_address=found_inf_address, rounding_key=_rounding_key(seed),
                 P=TRITON_DTYPES[dtype], ROUNDING=_rounding_of(rounding, dtype),
-                PLANES=planes, CAUTIOUS=cautious_decay,
+                PLANES=planes, BLANKS=blanks is not None, CAUTIOUS=cautious_decay,
                 BLOCK=config.block, **options(config),
             )  # fmt: skip
         if not in_kernel:
-            _advance(step, found_inf)
+            _advance_kernel[(1,)](
+                step, joined, **ranks, found_inf_address=found_inf_address, num_warps=1
+            )

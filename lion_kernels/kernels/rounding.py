@@ -15,14 +15,11 @@ COMPENSATED = tl.constexpr(2)
 
 
 @triton.jit
-def begin(key, step_ptr, advance, ROUNDING: tl.constexpr):
-    """This step's key of the random bits. One program advances the step where asked to, which it
-    must not be where programs read it."""
+def key_of(key, step_ptr, ROUNDING: tl.constexpr):
+    """This step's key of the random bits."""
     this_key = key.to(tl.int64).to(tl.uint64, bitcast=True)
     if ROUNDING == STOCHASTIC:
         this_key = bits.coin_key(key, step_ptr)
-    elif (tl.program_id(0) == 0) & (advance != 0):
-        tl.store(step_ptr, tl.load(step_ptr) + 1)
     return this_key
 
 

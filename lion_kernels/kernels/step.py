@@ -9,7 +9,7 @@ import triton.language as tl
 
 from . import bits
 from .momentum import load_momentum, store_momentum
-from .rounding import begin, load_parameter, store_parameter
+from .rounding import key_of, load_parameter, store_parameter
 
 
 @triton.jit
@@ -101,7 +101,10 @@ def _step_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     if not bits.is_set(found_inf_address):
-        key = begin(rounding_key, step_ptr, advance, ROUNDING)
+        key = key_of(rounding_key, step_ptr, ROUNDING)
+        # One program ends the step, of a launch in which none reads it.
+        if (tl.program_id(0) == 0) & (advance != 0):
+            tl.store(step_ptr, tl.load(step_ptr) + 1)
         row, start, left = bits.row_of(table_ptr, tile_rows_ptr, BLOCK)
         rate = bits.learning_rate(lr, lr_address, lr_bytes)
         decay = (1.0 - rate * bits.float64(weight_decay)).to(tl.float32)

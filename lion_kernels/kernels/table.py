@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import native
 from ..capture import is_capturing
-from ..layout import words_of
+from ..layout import room_of
 from . import bits
 
 # One tensor of a list: pointers of p, g, m, low and scale (0: absent), elements, first word, place.
@@ -30,8 +30,7 @@ _COLUMNS, _GRAD = int(bits.COLUMNS.value), int(bits.GRAD.value)
 
 @dataclass
 class Table:
-    rows: Tensor  # int64: the columns of each tensor, then the presence flags
-    flags: Tensor  # int64 (flag words,), a view of rows
+    rows: Tensor  # int64: the columns of each tensor
     tile_rows: Tensor  # int32 (tiles,)
     values: Tensor  # what rows holds, on the host
     # Where gradients stand in values, and in the list: int64.
@@ -118,24 +117,20 @@ def _new_tile_rows(tiles: tuple[int, ...], device: torch.device) -> Tensor:
     return _pinned(rows, device).to(device, non_blocking=True)
 
 
-def _build(rows: Sequence[Row], flags: Sequence[int], block: int, device: torch.device) -> Table:
+def _build(rows: Sequence[Row], block: int, device: torch.device) -> Table:
     values: list[int] = []
     tiles, first_tile = [], 0
     for p, g, m, low, scale, numel, first_word, index in rows:
-        # Words without a tensor take the masked path, which knows that they hold no votes.
-        aligned = index >= 0 and all(pointer % 16 == 0 for pointer in (p, g, m, low))
+        aligned = all(pointer % 16 == 0 for pointer in (p, g, m, low))
         values += (p, g, m, numel, first_word, first_tile, aligned, index, low, scale)
         # An empty row gets a tile, so that a list of empty tensors is a launch like any other.
         tiles.append(max(1, -(-numel // block)))
         first_tile += tiles[-1]
-    values += [0] * (len(values) % 2)  # the flags start at 16 bytes
-    values += flags
     on_host = torch.tensor(values, dtype=torch.int64)
     on_device = _pinned(on_host, device).to(device, non_blocking=True)
     with_gradient = [(r, row[-1]) for r, row in enumerate(rows) if row[1] != 0]
     return Table(
         rows=on_device,
-        flags=on_device[len(values) - len(flags) :],
         tile_rows=_tile_rows_of(tuple(tiles), device),
         values=on_host,
         slots=torch.tensor([r * _COLUMNS + _GRAD for r, _ in with_gradient], dtype=torch.int64),
@@ -188,7 +183,6 @@ def tables(
     block: int,
     device: torch.device,
     launches: Callable[[], Launches],
-    flags: Callable[[], Sequence[int]] = tuple,
 ) -> list[tuple[tuple[torch.dtype, ...], Table]]:
     """(dtypes, table) of each launch of a list; from the cache where ``key`` was seen before on
     this stream, with its gradients at ``addresses``; else ``launches()`` checks the list and says
@@ -196,7 +190,7 @@ def tables(
 
     def build() -> Found:
         rows = launches().items()
-        return Found([(t, _build(each, flags(), block, device)) for t, each in rows], addresses)
+        return Found([(t, _build(each, block, device)) for t, each in rows], addresses)
 
     with _lock:
         # What a capture builds is sent by its graph's replays alone: no other call may use it.
@@ -222,11 +216,9 @@ def rows_by_dtypes(
     lows: Sequence[Tensor | None],
     block_scales: Sequence[Tensor | None],
     decided_by: Sequence[Sequence[Tensor | None]],
-    n_words: int | None = None,
 ) -> Launches:
     """The rows of each launch: tensors with the same dtypes in the lists of ``decided_by``, each
-    at its place in word space. Rows that lack one of them join the first launch; so do the words
-    behind the last tensor, as a row without a tensor, where the word space has ``n_words``."""
+    at its place in the list's word space. Rows that lack one of them join the first launch."""
     launches: Launches = {}
     undecided: list[Row] = []
     word = 0
@@ -235,13 +227,11 @@ def rows_by_dtypes(
         p, g, m, low, scale = (0 if t is None else t.data_ptr() for t in tensors)
         deciding = [each[i] for each in decided_by]
         row = (p, g, m, low, scale, numel, word, i)
-        word += words_of(numel)
+        word += room_of(numel)
         if any(t is None for t in deciding):
             undecided.append(row)
         elif numel > 0:
             launches.setdefault(tuple(t.dtype for t in deciding if t is not None), []).append(row)
-    if n_words is not None and word < n_words:
-        undecided.append((0, 0, 0, 0, 0, 32 * (n_words - word), word, -1))
     if undecided or not launches:
         first = next(iter(launches), (torch.float32,) * len(decided_by))
         launches.setdefault(first, []).extend(undecided or [(0, 0, 0, 0, 0, 0, 0, -1)])

@@ -1,22 +1,40 @@
 """What all ranks must share before and after a vote: options, metadata, parameters.
 
 Compares facts and parameter hashes over a wire and names the first that differs, on every rank.
-Generators, as exchanges are. Knows no ballots and no optimizer.
+What ranks say travels as JSON. Generators, as elections are. Knows no ballots and no optimizer.
 """
 
 import hashlib
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from ..layout import READY
+from .forms import Form, below, is_facts, is_integer, is_report, is_text, list_of, row_of, shown
 from .wire import Transfer, Wire
 
-# A labelled value that must be the same on every rank: ("shape of parameter 0 of group 0", (4, 5)).
-Fact = tuple[str, Any]
+# A label and a value that must be the same on every rank: ("lr of group 0", "0.01").
+Fact = tuple[str, str]
+
+# The status of a rank that takes part in an exchange; layout.READY is that of a step.
+REFUSES, CHANGED, ADDS, VERIFIES, COUNTS = 1, 2, 3, 4, 5
+_DOES = {
+    READY: "steps",
+    REFUSES: "refuses its input",
+    CHANGED: "has other parameters that take part",
+    ADDS: "adds a group of parameters",
+    VERIFIES: "verifies the replicas",
+    COUNTS: "reads the statistics of votes",
+}
+# What a rank raises that hears of another's error.
+_ERRORS: dict[str, type[Exception]] = {
+    error.__name__: error for error in (RuntimeError, TypeError, ValueError, NotImplementedError)
+}
 
 # What is worked on at a time: of a message, of a hash, and of small tensors together.
 _PART_BYTES = 25 * 2**20
@@ -24,38 +42,135 @@ _PART_WORDS = 1 << 22
 _SMALL_WORDS = 1 << 17
 
 
+def _on(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _by_value(values: Sequence[Any]) -> dict[str, list[int]]:
+    """The ranks that have each value."""
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(str(value), []).append(rank)
+    return ranks
+
+
 def _ranks_by_value(values: Sequence[Any]) -> str:
     """ "(4, 5) on ranks 0, 2; (4, 6) on rank 1"."""
-    ranks: dict[str, list[str]] = {}
-    for rank, value in enumerate(values):
-        ranks.setdefault(str(value), []).append(str(rank))
-    return "; ".join(
-        f"{value} on rank{'s' if len(on) > 1 else ''} {', '.join(on)}"
-        for value, on in ranks.items()
+    return "; ".join(f"{value} on {_on(ranks)}" for value, ranks in _by_value(values).items())
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank says of itself where the ranks part ways."""
+
+    does: str
+    error: Exception | None = None
+    facts: Sequence[Fact] = ()
+
+    @classmethod
+    def of(cls, status: int, error: Exception | None, facts: Sequence[Fact]) -> "Report":
+        return cls(_DOES[status], error, facts)
+
+    def value(self) -> dict[str, Any]:
+        kinds = [] if self.error is None else [c.__name__ for c in type(self.error).__mro__]
+        kind = next((name for name in kinds if name in _ERRORS), "RuntimeError")
+        error = None if self.error is None else [kind, str(self.error)]
+        return {"does": self.does, "error": error, "facts": list(self.facts)}
+
+
+def _raise_for(reports: Sequence[Any], mine: Exception | None) -> NoReturn:
+    """Raise what ranks that part ways report, the same on every rank."""
+    errors = [report.get("error") for report in reports]
+    texts = _by_value([error[1] if error else "" for error in errors])
+    if texts.pop("", None) != [*range(len(reports))]:
+        kind = next(_ERRORS.get(error[0], RuntimeError) for error in errors if error)
+        said = "; ".join(f"{text} (on {_on(ranks)})" for text, ranks in texts.items())
+        raise kind(said) from mine
+    facts = [report.get("facts", []) for report in reports]
+    if all(facts):
+        _compare(facts)
+    does = [report["does"] for report in reports]
+    if len(set(does)) > 1:
+        said = "; ".join(f"{_on(ranks)} {what}" for what, ranks in _by_value(does).items())
+        raise RuntimeError(f"ranks do not do the same: {said}")
+    raise RuntimeError(
+        "ranks disagree on what all must share in a step, and now they agree: an option or a state "
+        "was changed since, or a ballot was damaged on its way"
     )
 
 
+def explain(report: Report, wire: Wire, device: torch.device) -> Iterator[Transfer]:
+    """What every rank calls where one of them noticed that not all are ready, or that what they
+    share is not the same: raises the same error on every rank."""
+    reports = yield from ask("explain", report.value(), is_report, wire, device)
+    _raise_for(reports, report.error)
+
+
+def ask(
+    what: str, value: Any, form: Form, wire: Wire, device: torch.device
+) -> Generator[Transfer, None, list[Any]]:
+    """Every rank's ``value``, each of the ``form``; raises RuntimeError on every rank where one has
+    another form, where they ask for something else, or report a refusal."""
+    yield (answers := wire.values([what, value], device))
+    everyones = answers.everyones
+    _check_all(everyones, row_of(is_text, lambda _: True), "no answer")
+    whats = [each for each, _ in everyones]
+    if len(set(whats)) > 1:
+        _raise_for([v if is_report(v) else {"does": what} for what, v in everyones], None)
+    values = [each for _, each in everyones]
+    _check_all(values, form, f"something else than a rank that {what}")
+    return values
+
+
+def _check_all(values: Sequence[Any], form: Form, what: str) -> None:
+    for rank, value in enumerate(values):
+        if not form(value):
+            raise RuntimeError(f"rank {rank} sent {what}, got {shown(value)}")
+
+
 def union_of(
-    members: set[int], wire: Wire, device: torch.device
-) -> Generator[Transfer, None, list[int]]:
-    """What is in the set of any rank, in order."""
-    yield (sets := wire.values(members, device))
-    return sorted(set().union(*sets.everyones))
+    sets: Sequence[Sequence[int]], sizes: Sequence[int], wire: Wire, device: torch.device
+) -> Generator[Transfer, None, list[list[int]]]:
+    """Of each group, what is in the set of any rank, in order; ``sizes``: how many parameters each
+    group has on this rank."""
+    everyones = yield from ask(
+        "asks which parameters take part", [*zip(sizes, map(list, sets), strict=True)],
+        list_of(row_of(is_integer, list_of(is_integer))), wire, device,
+    )  # fmt: skip
+    lengths = [len(each) for each in everyones]
+    if len(set(lengths)) > 1:
+        raise RuntimeError(f"ranks disagree on the number of groups: {_ranks_by_value(lengths)}")
+    unions = []
+    for number, rows in enumerate(zip(*everyones, strict=True)):
+        theirs = [size for size, _ in rows]
+        if len(set(theirs)) > 1:
+            raise RuntimeError(
+                f"ranks disagree on the number of parameters of group {number}: "
+                f"{_ranks_by_value(theirs)}"
+            )
+        indices = [each for _, each in rows]
+        _check_all(indices, list_of(below(theirs[0])), "parameters that are none")
+        unions.append(sorted(set().union(*indices)))
+    return unions
 
 
 def compare_facts(facts: Sequence[Fact], wire: Wire, device: torch.device) -> Iterator[Transfer]:
     """Raise RuntimeError on every rank where the ranks' facts differ, naming the first. The facts
     themselves travel only where their digests differ."""
-    digest = hashlib.sha256(repr(list(facts)).encode()).hexdigest()
-    yield (digests := wire.values(digest, device))
-    if len(set(digests.everyones)) == 1:
-        return
-    yield (lists := wire.values(list(facts), device))
-    for row in zip_longest(*lists.everyones, fillvalue=("end of the list", None)):
+    digest = hashlib.sha256(repr([tuple(fact) for fact in facts]).encode()).hexdigest()
+    digests = yield from ask("builds an optimizer or a group", digest, is_text, wire, device)
+    if len(set(digests)) > 1:
+        lists = yield from ask("tells what it has", list(facts), is_facts, wire, device)
+        _compare(lists)
+
+
+def _compare(lists: Sequence[Sequence[Fact]]) -> None:
+    """Raise RuntimeError that names the first fact which is not the same in every list."""
+    for row in zip_longest(*lists, fillvalue=("end of the list", "")):
         labels, values = {fact[0] for fact in row}, [fact[1] for fact in row]
         if len(labels) > 1:
             raise RuntimeError(f"ranks disagree: {_ranks_by_value([fact[0] for fact in row])}")
-        if len({repr(value) for value in values}) > 1:
+        if len(set(values)) > 1:
             raise RuntimeError(f"ranks disagree on the {row[0][0]}: {_ranks_by_value(values)}")
 
 
@@ -151,13 +266,16 @@ def compare_parameters(
     """Raise RuntimeError on every rank where a parameter's bits differ over the ranks."""
     if not params:
         return
-    yield (hashes := wire.values(hash_parameters(params).tolist(), params[0].device))
-    lengths = [len(every) for every in hashes.everyones]
+    hashes = yield from ask(
+        _DOES[VERIFIES], hash_parameters(params).tolist(), list_of(is_integer), wire,
+        params[0].device,
+    )  # fmt: skip
+    lengths = [len(every) for every in hashes]
     if len(set(lengths)) > 1:
         raise RuntimeError(
             f"replicas differ: parameters and compensations are {_ranks_by_value(lengths)}"
         )
-    for label, values in zip(labels, zip(*hashes.everyones, strict=True), strict=True):
+    for label, values in zip(labels, zip(*hashes, strict=True), strict=True):
         if len(set(values)) > 1:
             words = [f"hash {value & (2**64 - 1):016x}" for value in values]
             raise RuntimeError(f"replicas differ: {label} has {_ranks_by_value(words)}")

@@ -1,65 +1,204 @@
-"""The election of a bucket: encode, exchange, count, apply, as one generator that stops while
-ballots and verdicts travel; and the electorate, which holds one for each bucket of an optimizer.
+"""The election of buckets: encode, exchange, count, apply, as one generator that stops while
+ballots and verdicts travel; and the electorate, which holds what one optimizer's elections need.
 
-Whoever drives an election decides what happens while it stops. Parameters are written when the
-verdict is whole, and not before. Knows no optimizer.
+All buckets of a device, of one kind, have one election. Whoever drives it decides what happens
+while it stops. Parameters are written when the verdict is whole and every rank was ready, and not
+before. Knows no optimizer.
 """
 
 import weakref
-from collections.abc import Generator, Iterator
-from dataclasses import replace
-from functools import partial
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import double, ops
-from ..bucket import Bucket
+from ..bucket import Bucket, Move
+from ..capture import is_capturing
+from ..layout import READY, STATUS, WIRE_VERSION, cap_at_two, pack_flags, room_of, to_int32
 from ..options import Settings
 from ..scaling import Scaling
-from .agreement import union_of
+from .agreement import CHANGED, COUNTS, REFUSES, Fact, Report, ask, explain, union_of
+from .audit import audit
 from .buffers import Buffers
 from .exchange import EXCHANGES
+from .forms import is_report
 from .poll import Poll
+from .statistics import Statistics, VoteStatistics, counts_of, summed
 from .wire import Transfer, Wire
 
 # Marks the seed of the coins of float64 ballots.
 _DOUBLES = 0x40
+# How often ranks compare which optimizer they step where that makes the host wait.
+_FIRST = 8
+
+# The buckets of one election: their device, and whether they are float64.
+_Family = tuple[torch.device, bool]
+
+
+class Owner(Protocol):
+    """Whose elections they are: says what all ranks must share in a step."""
+
+    def digest(self, moves: Sequence[Move]) -> int:
+        """Of all that the host knows, 64 bits."""
+
+    def facts(self) -> list[Fact]:
+        """The same, to be compared where digests differ."""
+
+    def compare_gradients(self, moves: Sequence[Move]) -> Iterator[Transfer]:
+        """In the first step: notices gradients that were averaged."""
+
+
+@dataclass(eq=False)
+class _Booth:
+    """Where buckets vote: their buffers, and the place of each in word space and among flags."""
+
+    voters: list[weakref.ref[Bucket]]
+    buffers: Buffers
+    first_words: list[int]
+    first_flags: list[int]
+    weights: Tensor | None
+    statistics: Statistics | None = None
+    trailer: tuple[list[int], Tensor] | None = None  # of the last step
+    flags: tuple[list[bool], list[int]] | None = None
+
+    @classmethod
+    def of(cls, moves: Sequence[Move], buffers: Buffers, weights: Tensor | None) -> "_Booth":
+        sizes = [[p.numel() for p in move.bucket.params] for move in moves]
+        words = accumulate((sum(map(room_of, each)) for each in sizes), initial=0)
+        flags = accumulate(map(len, sizes), initial=0)
+        buckets = [weakref.ref(move.bucket) for move in moves]
+        return cls(buckets, buffers, [*words], [*flags], weights)
+
+    def serves(self, moves: Sequence[Move]) -> bool:
+        pairs = zip(self.voters, moves, strict=False)
+        return len(self.voters) == len(moves) and all(v() is m.bucket for v, m in pairs)
+
+    def trailer_of(self, present: list[bool], status: int, digest: int) -> Tensor:
+        """Presence and seal, int32 (trailer words,), on the device."""
+        if self.flags is None or self.flags[0] != present:
+            self.flags = present, pack_flags(present, self.buffers.layout.flag_words)
+        low, high = to_int32([digest & 0xFFFFFFFF, digest >> 32])
+        values = [*self.flags[1], status, WIRE_VERSION, low, high]
+        if self.trailer is None or self.trailer[0] != values:
+            sent = torch.tensor(values, dtype=torch.int32)
+            if self.buffers.device.type == "cuda":
+                sent = sent.pin_memory().to(self.buffers.device, non_blocking=True)
+            self.trailer = values, sent
+        return self.trailer[1]
 
 
 class Electorate:
-    """The ranks that vote on the buckets of one optimizer, group after group."""
+    """The ranks that vote on the buckets of one optimizer, step after step."""
 
     votes = is_whole = True
 
-    def __init__(self, wire: Wire, poll: Poll, exchange: str) -> None:
+    def __init__(
+        self,
+        wire: Wire,
+        poll: Poll,
+        exchange: str,
+        owner: Owner,
+        statistics_every: int = 0,
+        audit_every: int = 0,
+    ) -> None:
         self.wire, self.poll, self.exchange = wire, poll, EXCHANGES[exchange]
-        self.drive = wire.drive
-        # Of each group and kind, with the last bucket that they served.
-        self._buffers: dict[tuple[int, bool], tuple[weakref.ref[Bucket], Buffers]] = {}
-        # Of the last parameter on a GPU: NCCL sends Python objects by way of one.
+        self.drive, self._owner = wire.drive, owner
+        self._statistics_every, self._audit_every = statistics_every, audit_every
+        self.number = wire.enroll()
+        # By family, in the order of a step, which is the same on every rank.
+        self._booths: dict[_Family, _Booth] = {}
+        # Of the last parameter on a GPU: NCCL sends what ranks say by way of one.
         self._device = torch.device("cpu")
-        self._voters: dict[int, list[Tensor]] = {}  # of each group, the same on every rank
+        self._voters: list[list[Tensor]] = []  # of each group, the same on every rank
+        # Seals that the device had not seen when the host went on.
+        self._unseen: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._n_openings = self._n_elections = 0
+        self._statistics: list[Statistics] = []  # with votes that were not read
 
     def is_member(self, p: Tensor) -> bool:
         return p.grad is not None or p.requires_grad
 
+    def open(self) -> Iterator[Transfer]:
+        """What comes first where all ranks come together. Raises RuntimeError on every rank where
+        some step another optimizer of the process group: its ballots have other sizes."""
+        yield from self._settle()
+        waits = self._device.type == "cuda"  # for a number from the device
+        if self.wire.n_users > 1 and not (waits and self._n_openings >= _FIRST):
+            number = torch.tensor([[self.number]], device=self._device)
+            numbers = number.new_zeros(self.wire.world_size, 1)
+            yield self.wire.gather(numbers, number)
+            if len(set(seen := numbers.flatten().tolist())) > 1:
+                said = ", ".join(f"optimizer {n} on rank {rank}" for rank, n in enumerate(seen))
+                raise RuntimeError(
+                    f"ranks step different optimizers, numbered as they were built: {said}"
+                )
+        self._n_openings += 1
+
+    def announce(
+        self, status: int, error: Exception | None = None, booths: Sequence[_Booth] | None = None
+    ) -> Iterator[Transfer]:
+        """Takes part in the exchanges of a step, of the sizes that every rank expects, without a
+        vote. Returns where every rank does the same; else raises the same error on every rank."""
+        booths = [*self._booths.values()] if booths is None else booths
+        if not booths and error is not None:  # nobody has stepped
+            report = self._report(status, error)
+            yield from ask(report.does, report.value(), is_report, self.wire, self._device)
+        seals: list[list[int]] = []
+        for booth in booths:
+            buffers = booth.buffers
+            trailer = booth.trailer_of([False] * len(buffers.layout.numels), status, 0)
+            buffers.layout.trailers_of(buffers.ballot).copy_(trailer)
+            yield self.exchange.ballots(self.wire, buffers)
+            if buffers.device.type == "cpu":  # where every rank reads it now
+                seals = buffers.trailers[:, STATUS:].tolist()
+                break
+            yield from self.exchange.verdicts(self.wire, buffers)
+            seals = buffers.trailers[:, STATUS:].tolist()
+        if error is not None or (seals and not _is_one(seals, status)):
+            yield from explain(self._report(status, error), self.wire, self._device)
+
+    def _report(self, status: int, error: Exception | None) -> Report:
+        return Report.of(status, error, self._owner.facts())
+
+    def refuse(self, error: Exception) -> Iterator[Transfer]:
+        """Tells every rank of an error of this one, and raises it on all."""
+        yield from self.announce(REFUSES, error)
+
     def members(
-        self, number: int, params: list[Tensor], mine: list[int]
-    ) -> Generator[Transfer, None, list[int]]:
-        """The indices of the parameters that this rank votes on or abstains from: those that have
-        had a gradient, or might, on any rank. Ranks agree on them at a group's first step, and
-        again where one gets a gradient that none expected, in the same step on every rank."""
-        voters = set(map(id, self._voters.get(number, ())))
-        known = [i for i, p in enumerate(params) if id(p) in voters]
-        if number not in self._voters or not set(mine).issubset(known):
-            self._device = next((p.device for p in params if p.is_cuda), self._device)
-            grads = [p.grad for p in params]
-            known = yield from union_of({*mine, *known}, self.wire, self._device)
-            if not all(p.grad is g for p, g in zip(params, grads, strict=True)):
-                raise RuntimeError("gradients must stay until the step of every rank has ended")
-            self._voters[number] = [params[i] for i in known]
+        self, groups: list[list[Tensor]], mine: list[list[int]], asked: list[bool]
+    ) -> Generator[Transfer, None, list[list[int]]]:
+        """Of each group, the indices of the parameters that this rank votes on or abstains from:
+        those that have had a gradient, or might, on any rank. Ranks agree on them at the first
+        step, and again where one finds that its own changed, in the same step on every rank;
+        ``asked``: whether those of a group may have."""
+        has_changed = len(groups) != len(self._voters)
+        known = list(mine)
+        for number, params in enumerate(groups if not has_changed else ()):
+            if asked[number]:
+                voters = [*map(id, self._voters[number])]
+                here = {i for i, p in enumerate(params) if id(p) in {*voters}}
+                known[number] = sorted(here.union(mine[number]))
+                has_changed |= [id(params[i]) for i in known[number]] != voters
+        if not has_changed:
+            return known
+        every = [p for params in groups for p in params]
+        self._device = next((p.device for p in every if p.is_cuda), self._device)
+        grads = [p.grad for p in every]
+        yield from self.announce(CHANGED)
+        known = yield from union_of(known, [*map(len, groups)], self.wire, self._device)
+        if not all(p.grad is g for p, g in zip(every, grads, strict=True)):
+            raise RuntimeError("gradients must stay until the step of every rank has ended")
+        pairs = zip(groups, known, strict=True)
+        self._voters = [[params[i] for i in indices] for params, indices in pairs]
         return known
+
+    def is_voter(self, number: int, p: Tensor) -> bool:
+        """Whether ranks agreed that a parameter of a group takes part."""
+        return number < len(self._voters) and any(p is q for q in self._voters[number])
 
     def agreed(self, scaling: Scaling) -> Generator[Transfer, None, Scaling]:
         """Ranks scale and overflow on their own; a step that one of them skips, all must skip,
@@ -69,54 +208,204 @@ class Electorate:
         yield self.wire.largest(found)
         return replace(scaling, found_inf=found)
 
-    def move(
+    def move(self, moves: list[Move], scaling: Scaling, seed: int) -> Iterator[Transfer]:
+        """An election for each family of buckets. seed: of the coins."""
+        self._n_elections += 1
+        if self._n_elections == 1:
+            yield from self._owner.compare_gradients(moves)
+        digest = self._owner.digest(moves)
+        families: dict[_Family, list[Move]] = {}
+        for move in moves:
+            families.setdefault((move.bucket.device, move.bucket.is_double), []).append(move)
+        for family in self._booths.keys() - families.keys():
+            del self._booths[family]
+        self._booths = {family: self._booth_for(family, mine) for family, mine in families.items()}
+        for family, mine in families.items():
+            booth, there = self._booths[family], scaling.to(family[0])
+            # Other coins than those of the other ballot, at the same places.
+            yield from self._elect(booth, mine, there, seed ^ (family[1] * _DOUBLES), digest)
+
+    def _elect(
+        self, booth: _Booth, moves: list[Move], scaling: Scaling, seed: int, digest: int
+    ) -> Iterator[Transfer]:
+        buffers, refusal = booth.buffers, None
+        votes = [(move.bucket, move.settings) for move in moves]
+        ballots = votes
+        try:
+            if moves[0].bucket.is_double:
+                ballots = [
+                    (double.ballot(*vote, scaling), double.ballot_settings(vote[1]))
+                    for vote in votes
+                ]
+                scaling = replace(scaling, grad_scale=None)
+            self._encode(booth, moves, [bucket for bucket, _ in ballots], scaling, seed, digest)
+        except Exception as error:
+            refusal = error
+        if refusal is not None:
+            booths = [*self._booths.values()]
+            yield from self.announce(REFUSES, refusal, booths[booths.index(booth) :])
+        sent = self._kept(buffers)
+        yield self.exchange.ballots(self.wire, buffers)
+        yield from self._check(buffers)
+        self._count(booth, moves, seed)
+        yield from self.exchange.verdicts(self.wire, buffers)
+        if sent is not None:
+            yield from audit(
+                self.wire, buffers, sent, self.poll, booth.weights, seed=seed, step=moves[0].step
+            )
+        trailers = buffers.trailers
+        for i, (move, (bucket, settings)) in enumerate(zip(moves, ballots, strict=True)):
+            ops.apply(
+                bucket.params, buffers.verdict_planes, buffers.verdict_blanks, trailers,
+                scale=self.poll.verdict_scale, lr=settings.lr, weight_decay=settings.weight_decay,
+                step=move.step, found_inf=scaling.found_inf, rounding=settings.rounding,
+                lows=bucket.lows, seed=seed, cautious_decay=settings.cautious_decay,
+                first_word=booth.first_words[i], first_flag=booth.first_flags[i],
+            )  # fmt: skip
+            if move.bucket.is_double:
+                double.apply(move.bucket, move.settings, bucket, self.poll.verdict_scale)
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self._n_elections % every == 0
+
+    def _kept(self, buffers: Buffers) -> Tensor | None:
+        """This rank's chunks, which an audit needs when the verdict lies where they were."""
+        is_due = self.exchange.is_sharded and self._is_due(self._audit_every)
+        return buffers.ballot.clone() if is_due else None
+
+    def _count(self, booth: _Booth, moves: list[Move], seed: int) -> None:
+        """This rank's shard of the verdict, from every rank's ballots."""
+        buffers, layout = booth.buffers, booth.buffers.layout
+        ballots, blanks = layout.planes_of(buffers.received), layout.blanks_of(buffers.received)
+        verdict, out_blanks = buffers.verdict_planes[buffers.shard], buffers.verdict_blanks
+        if out_blanks is not None:
+            out_blanks = out_blanks[buffers.shard : buffers.shard + 1]
+        cap_at_two(ballots)
+        is_due = self._is_due(self._statistics_every)
+        before = ballots.clone() if is_due else ballots  # which may be counted in place
+        self.poll.count(
+            ballots, blanks, verdict, out_blanks, booth.weights, first_word=buffers.first_word,
+            seed=seed, step=moves[0].step,
+        )  # fmt: skip
+        if is_due:
+            if booth.statistics is None:
+                numbers = [move.number for move in moves]
+                sizes = [len(move.bucket.params) for move in moves]
+                booth.statistics = Statistics(
+                    layout, buffers.first_word, numbers, sizes, self.poll, buffers.device
+                )
+            if booth.statistics not in self._statistics:
+                self._statistics.append(booth.statistics)
+            booth.statistics.add(before, blanks, verdict, out_blanks)
+
+    def statistics(self, n_groups: int) -> Generator[Transfer, None, VoteStatistics]:
+        """Of the steps counted since this was called last, on every rank; waits for the device."""
+        yield from self.open()
+        yield from self.announce(COUNTS)
+        mine = [s.taken() for s in self._statistics]
+        self._statistics.clear()
+        n_ranks = self.wire.world_size
+        form = counts_of(n_ranks, n_groups)
+        everyones = yield from ask("tells its statistics", mine, form, self.wire, self._device)
+        return summed(everyones, n_ranks, n_groups)
+
+    def _encode(
         self,
-        number: int,
-        bucket: Bucket,
-        settings: Settings,
+        booth: _Booth,
+        moves: list[Move],
+        buckets: list[Bucket],
         scaling: Scaling,
         seed: int,
-        step: Tensor | None,
-        nonfinite: Tensor | None,
-    ) -> Iterator[Transfer]:
-        """The election of a bucket of group ``number``. seed, step: of the coins; step, int64 (1,),
-        advances by one; nonfinite, int64 (1,), counts votes that abstain as they are not finite."""
-        assert step is not None and nonfinite is not None
-        buffers, encoded, applied = self._buffers_for(number, bucket), bucket, settings
-        if bucket.is_double:
-            encoded = double.ballot(bucket, settings, scaling)
-            applied = double.ballot_settings(settings)
-            # Other coins than those of the group's other ballot, at the same places.
-            seed ^= _DOUBLES
-        ops.encode(
-            encoded.grads, encoded.exp_avgs, buffers.ballot_planes,
-            flags=buffers.ballot_flags, beta1=settings.betas[0],
-            beta2=settings.betas[1], maximize=settings.maximize, seed=seed, rank=self.wire.rank,
-            step=step, nonfinite=nonfinite,
-            grad_scale=None if bucket.is_double else scaling.grad_scale,
-            found_inf=scaling.found_inf, cautious=settings.cautious,
-            block_scales=encoded.block_scales,
-        )  # fmt: skip
-        count = partial(self.poll.count, seed=seed, step=step)
-        yield from self.exchange(self.wire, buffers, count)
-        ops.apply(
-            encoded.params, buffers.verdict, buffers.presence,
-            scale=self.poll.verdict_scale, lr=applied.lr, weight_decay=applied.weight_decay,
-            step=step, found_inf=scaling.found_inf, rounding=applied.rounding, lows=encoded.lows,
-            seed=seed, cautious_decay=applied.cautious_decay,
-        )  # fmt: skip
-        if bucket.is_double:
-            double.apply(bucket, settings, encoded, self.poll.verdict_scale)
+        digest: int,
+    ) -> None:
+        """The ballot of all buckets: one call for those in a row that have the same options."""
+        buffers, layout, step = booth.buffers, booth.buffers.layout, moves[0].step
+        ballot = buffers.ballot
+        present = [g is not None for bucket in buckets for g in bucket.grads]
+        trailer: tuple[Tensor | None, ...] = (
+            layout.trailers_of(ballot),
+            booth.trailer_of(present, READY, digest),
+            _on_device(moves, buffers.device),
+        )
+        alike = groupby(range(len(moves)), lambda i: _encoding(moves[i].settings, buckets[i]))
+        for (_, (beta1, beta2), maximize, cautious), run in alike:
+            numbers = [*run]
+            some = [buckets[i] for i in numbers]
+            ops.encode(
+                _joined([bucket.grads for bucket in some]),
+                _joined([bucket.exp_avgs for bucket in some]),
+                layout.planes_of(ballot), layout.blanks_of(ballot), beta1=beta1, beta2=beta2,
+                maximize=maximize, seed=seed, rank=self.wire.rank, step=step,
+                nonfinite=moves[0].nonfinite, grad_scale=scaling.grad_scale,
+                found_inf=scaling.found_inf, cautious=cautious,
+                block_scales=None if some[0].block_scales is None
+                else _joined([bucket.block_scales or [] for bucket in some]),
+                first_word=booth.first_words[numbers[0]],
+                trailers=trailer[0], trailer=trailer[1], shared=trailer[2],
+            )  # fmt: skip
+            trailer = (None, None, None)
 
-    def _buffers_for(self, number: int, bucket: Bucket) -> Buffers:
-        """Those of a group's bucket; built anew when the list of voters changed."""
-        key = (number, bucket.is_double)
-        before, buffers = self._buffers.get(key, (None, None))
-        if before is None or before() is not bucket or buffers is None:
-            numels = tuple(p.numel() for p in bucket.params)
-            is_same = buffers is not None and buffers.layout.numels == numels
-            if buffers is None or not is_same or buffers.ballot.device != bucket.device:
-                is_sharded = self.exchange is EXCHANGES["sharded"]
-                buffers = Buffers.allocate(numels, self.poll, is_sharded, bucket.device)
-            self._buffers[key] = weakref.ref(bucket), buffers
-        return buffers
+    def _check(self, buffers: Buffers) -> Iterator[Transfer]:
+        """Raise on every rank where one is not ready, or shares something else. On a GPU, where
+        apply writes nothing then, that is read when ranks next come together: now, the host would
+        wait."""
+        seals = buffers.trailers[:, STATUS:]
+        if buffers.device.type == "cuda":
+            if not is_capturing(buffers.device):
+                seen = torch.empty(seals.shape, dtype=seals.dtype, pin_memory=True)
+                seen.copy_(seals, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record(torch.cuda.current_stream(buffers.device))
+                self._unseen.append((seen, event))
+        elif not _is_one(seals.tolist(), READY):
+            yield from self._explain()
+
+    def _settle(self) -> Iterator[Transfer]:
+        unseen, self._unseen = self._unseen, []
+        for seals, event in unseen:
+            event.synchronize()
+            if not _is_one(seals.tolist(), READY):
+                yield from self._explain()
+
+    def _explain(self) -> Iterator[Transfer]:
+        yield from explain(self._report(READY, None), self.wire, self._device)
+
+    def _booth_for(self, family: _Family, moves: list[Move]) -> _Booth:
+        """That of a family; another one where its voters changed."""
+        booth = self._booths.get(family)
+        if booth is not None and booth.serves(moves):
+            return booth
+        numels = tuple(p.numel() for move in moves for p in move.bucket.params)
+        buffers = None if booth is None else booth.buffers
+        if buffers is None or buffers.layout.numels != numels:
+            is_sharded = self.exchange.is_sharded
+            buffers = Buffers.allocate(numels, self.poll, is_sharded, self.wire.rank, family[0])
+        return _Booth.of(moves, buffers, self.poll.weights_on(family[0]))
+
+
+def _is_one(seals: list[list[int]], status: int) -> bool:
+    """Whether every rank has the status, and the version and the digest of the first."""
+    return seals[0][0] == status and all(seal == seals[0] for seal in seals)
+
+
+def _encoding(settings: Settings, bucket: Bucket) -> tuple[Any, ...]:
+    """What buckets must have in common to be encoded by one call."""
+    is_int8 = bucket.block_scales is not None
+    return is_int8, settings.betas, settings.maximize, settings.cautious
+
+
+def _joined(lists: Sequence[list[Any]]) -> list[Any]:
+    return lists[0] if len(lists) == 1 else [item for each in lists for item in each]
+
+
+def _on_device(moves: Sequence[Move], device: torch.device) -> Tensor:
+    """What all must share and the host may not know: step counters, and rates that lie on the
+    device, int64 (n,)."""
+    steps = [move.step.reshape(1) for move in moves]
+    rates = [
+        move.settings.lr.reshape(1).double().view(torch.int64)
+        for move in moves
+        if move.settings.lr.device == device and device.type != "cpu"
+    ]
+    shared = [*steps, *rates]
+    return shared[0] if len(shared) == 1 else torch.cat(shared)

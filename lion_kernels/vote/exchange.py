@@ -1,37 +1,54 @@
 """Room 2: how ballots get to where they are counted, and verdicts back.
 
-Each exchange is a generator that yields what travels; whoever drives it decides what happens until
-it has arrived. It fills ``buffers.received`` with a chunk from every rank and ``buffers.verdict``
-with the verdict of all, the same on every rank. Knows a wire and buffers; the count is handed in,
-and bit positions are layout.py's.
+An exchange is two transfers, which whoever drives an election waits for: ``ballots`` fills
+``buffers.received`` with a chunk from every rank; once this rank has counted its shard,
+``verdicts`` fills ``buffers.verdict`` with the verdict of all, the same on every rank. Knows a wire
+and buffers; bit positions are layout.py's.
 """
 
-from collections.abc import Callable, Iterator
-
-from torch import Tensor
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 from .buffers import Buffers
 from .wire import Transfer, Wire
 
-# (ballots (ranks, planes, words), verdict (planes, words), first word of the shard) -> None
-Count = Callable[[Tensor, Tensor, int], None]
+
+class Exchange(ABC):
+    is_sharded: bool
+
+    @abstractmethod
+    def ballots(self, wire: Wire, buffers: Buffers) -> Transfer: ...
+
+    @abstractmethod
+    def verdicts(self, wire: Wire, buffers: Buffers) -> Iterator[Transfer]: ...
 
 
-def allgather(wire: Wire, buffers: Buffers, count: Count) -> Iterator[Transfer]:
+class AllGather(Exchange):
     """Every rank gets every ballot and counts for itself: one round."""
-    yield wire.all_gather(buffers.received, buffers.ballot)
-    count(buffers.received_planes, buffers.own_verdict, 0)
+
+    is_sharded = False
+
+    def ballots(self, wire: Wire, buffers: Buffers) -> Transfer:
+        return wire.all_gather(buffers.received, buffers.ballot)
+
+    def verdicts(self, wire: Wire, buffers: Buffers) -> Iterator[Transfer]:
+        yield from ()
 
 
-def sharded(wire: Wire, buffers: Buffers, count: Count) -> Iterator[Transfer]:
+class Sharded(Exchange):
     """Each rank counts one shard for all: an all-to-all of ballots, an all-gather of verdicts."""
-    yield wire.all_to_all(buffers.received, buffers.ballot)
-    first_word = wire.rank * buffers.layout.words_per_shard
-    count(buffers.received_planes, buffers.own_verdict, first_word)
-    yield wire.all_gather(buffers.verdict, buffers.own_verdict.unsqueeze(0))
+
+    is_sharded = True
+
+    def ballots(self, wire: Wire, buffers: Buffers) -> Transfer:
+        return wire.all_to_all(buffers.received, buffers.ballot)
+
+    def verdicts(self, wire: Wire, buffers: Buffers) -> Iterator[Transfer]:
+        own = buffers.verdict[buffers.shard : buffers.shard + 1]
+        yield wire.all_gather(buffers.verdict, own)
 
 
-EXCHANGES = {"allgather": allgather, "sharded": sharded}
+EXCHANGES: dict[str, Exchange] = {"allgather": AllGather(), "sharded": Sharded()}
 
 
 def choose(world_size: int) -> str:

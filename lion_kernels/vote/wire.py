@@ -4,6 +4,8 @@ A wire starts transfers, counts the bytes of votes and verdicts that it sends to
 drives generators that yield transfers. Knows no bits and no optimizer.
 """
 
+import json
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,24 +28,56 @@ class Transfer(Protocol):
         """Go on when it has arrived; on a GPU, the stream waits."""
 
 
+# The largest message that a rank takes from another.
+_MOST_BYTES = 2**28
+
+
 class Values:
-    """What every rank gave, in ``everyones`` once it has arrived."""
+    """What every rank gave, in ``everyones`` once it has arrived: JSON, which runs no code of
+    those who sent it. What is none raises RuntimeError, which names the rank."""
 
     everyones: list[Any]
 
-    def __init__(self, ask: Callable[[], list[Any]]) -> None:
+    def __init__(self, ask: Callable[[], list[bytes]]) -> None:
         self._ask = ask
 
     def wait(self) -> None:
-        self.everyones = self._ask()
+        self.everyones = [_parsed(message, rank) for rank, message in enumerate(self._ask())]
+
+
+def _parsed(message: bytes, rank: int) -> Any:
+    try:
+        return json.loads(message)
+    except (ValueError, RecursionError) as error:
+        raise RuntimeError(f"rank {rank} sent what is no JSON: {error}") from None
+
+
+def _check_sizes(sizes: list[int]) -> None:
+    for rank, size in enumerate(sizes):
+        if not 0 <= size <= _MOST_BYTES:
+            raise RuntimeError(
+                f"rank {rank} announced a message of {size} bytes, and at most {_MOST_BYTES} are "
+                "taken: it does something else than the others"
+            )
 
 
 class Wire(ABC):
-    """One rank's end. ``sent_bytes``: of votes and verdicts, to other ranks."""
+    """One rank's end. ``sent_bytes``: of votes and verdicts, to other ranks. ``n_users``: how many
+    optimizers were ever built on it; every rank builds them in one order."""
 
     rank: int
     world_size: int
     sent_bytes = 0
+    n_users = 0
+
+    def enroll(self) -> int:
+        """The number of another user of it."""
+        self.n_users += 1
+        return self.n_users - 1
+
+    def gather(self, received: Tensor, sent: Tensor) -> Transfer:
+        """As all_gather, of what is no vote."""
+        return self._all_gather(received, sent)
 
     def all_gather(self, received: Tensor, sent: Tensor) -> Transfer:
         """Every rank's ``sent`` (1, ...) into ``received`` (ranks, ...)."""
@@ -69,13 +103,20 @@ class Wire(ABC):
     def broadcast(self, tensor: Tensor) -> Transfer:
         """Rank 0's, into ``tensor``."""
 
-    @abstractmethod
     def values(self, value: Any, device: torch.device) -> Values:
-        """A Python object of each rank, by way of ``device`` where objects travel as tensors."""
+        """A value of each rank that JSON can say, by way of ``device``."""
+        return Values(self._messages(json.dumps(value).encode(), device))
+
+    @abstractmethod
+    def _messages(self, message: bytes, device: torch.device) -> Callable[[], list[bytes]]: ...
 
     @abstractmethod
     def drive(self, work: Iterator[Transfer]) -> None:
         """Run to its end what every rank runs."""
+
+
+# Of each process group: its users so far.
+_users: weakref.WeakKeyDictionary[ProcessGroup, int] = weakref.WeakKeyDictionary()
 
 
 class ProcessGroupWire(Wire):
@@ -86,6 +127,14 @@ class ProcessGroupWire(Wire):
         self.world_size = dist.get_world_size(process_group)
         self._process_group = process_group
         self._how: dict[str, Any] = {"group": process_group, "async_op": True}
+
+    @property
+    def n_users(self) -> int:  # type: ignore[override]
+        return _users.get(self._process_group, 0)
+
+    def enroll(self) -> int:
+        _users[self._process_group] = self.n_users + 1
+        return self.n_users - 1
 
     def _all_gather(self, received: Tensor, sent: Tensor) -> Transfer:
         return cast(Transfer, _all_gather(received, sent, **self._how))
@@ -100,15 +149,26 @@ class ProcessGroupWire(Wire):
         source = dist.get_global_rank(self._process_group, 0)
         return cast(Transfer, dist.broadcast(tensor, src=source, **self._how))
 
-    def values(self, value: Any, device: torch.device) -> Values:
-        def ask() -> list[Any]:
-            found: list[Any] = [None] * self.world_size
-            # NCCL sends objects by way of the current device, which may be another rank's.
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                dist.all_gather_object(found, value, group=self._process_group)
-            return found
+    def _messages(self, message: bytes, device: torch.device) -> Callable[[], list[bytes]]:
+        def ask() -> list[bytes]:
+            size = torch.tensor([[len(message)]], device=device)
+            sizes = size.new_zeros(self.world_size, 1)
+            self._all_gather(sizes, size).wait()
+            n_bytes = sizes.flatten().tolist()
+            _check_sizes(n_bytes)
+            sent = torch.zeros(1, max(n_bytes), dtype=torch.uint8)
+            sent[0, : len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+            sent = sent.to(device)
+            received = sent.new_zeros(self.world_size, sent.shape[1])
+            self._all_gather(received, sent).wait()
+            rows = zip(received.cpu().numpy(), n_bytes, strict=True)
+            return [row[:n].tobytes() for row, n in rows]
 
-        return Values(ask)
+        def ask_there() -> list[bytes]:
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                return ask()
+
+        return ask_there
 
     def drive(self, work: Iterator[Transfer]) -> None:
         for transfer in work:
@@ -118,6 +178,12 @@ class ProcessGroupWire(Wire):
 class _Copy:
     def __init__(self, wait: Callable[[], object]) -> None:
         self.wait = wait
+
+
+def _fill(received: Tensor, rows: list[Tensor]) -> None:
+    """A worker's own row may be there already."""
+    for row, sent in zip(received, rows, strict=True):
+        row.copy_(sent)
 
 
 class Loopback(Wire):
@@ -141,12 +207,11 @@ class Loopback(Wire):
 
     def _all_gather(self, received: Tensor, sent: Tensor) -> Transfer:
         self._posted = ("all_gather", sent)
-        return _Copy(lambda: torch.cat(self._everyones(), out=received))
+        return _Copy(lambda: _fill(received, [each[0] for each in self._everyones()]))
 
     def _all_to_all(self, received: Tensor, sent: Tensor) -> Transfer:
         self._posted = ("all_to_all", sent)
-        mine = slice(self.rank, self.rank + 1)
-        return _Copy(lambda: torch.cat([each[mine] for each in self._everyones()], out=received))
+        return _Copy(lambda: _fill(received, [each[self.rank] for each in self._everyones()]))
 
     def largest(self, tensor: Tensor) -> Transfer:
         self._posted = ("largest", tensor.clone())
@@ -156,9 +221,9 @@ class Loopback(Wire):
         self._posted = ("broadcast", tensor)
         return _Copy(lambda: tensor.copy_(self._everyones()[0]))
 
-    def values(self, value: Any, device: torch.device) -> Values:
-        self._posted = ("values", value)
-        return Values(self._everyones)
+    def _messages(self, message: bytes, device: torch.device) -> Callable[[], list[bytes]]:
+        self._posted = ("values", message)
+        return self._everyones
 
     def drive(self, work: Iterator[Transfer]) -> None:
         self._queue.append(work)

@@ -16,13 +16,19 @@ import torch.distributed as dist
 import backends
 from common import bits_equal, exact, generator, lr_of, no_counts, step_of
 from lion_kernels import DistributedLion, Lion
-from lion_kernels.layout import BallotLayout
+from lion_kernels.layout import READY, WIRE_VERSION, BallotLayout, pack_flags
 from test_sharded import KINDS, beside_plain_tensors
 
 pytestmark = pytest.mark.skipif(not backends.HAS_CUDA, reason="needs a CUDA device")
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.3}
 SHAPES = ((30, 20), (7,), (), (0,), (5, 3, 4, 4), (5000,))
 ops = torch.ops.lion_kernels
+
+
+def trailer_of(layout):
+    """The trailer of a rank that is ready and votes on every tensor."""
+    flags = pack_flags([True] * len(layout.numels), layout.flag_words)
+    return torch.tensor([*flags, READY, WIRE_VERSION, 1, 2], dtype=torch.int32)
 
 
 def parameters(device, dtype=torch.float32):
@@ -284,18 +290,31 @@ def test_the_vote_as_two_graphs(planes):
         received = torch.zeros(n, layout.chunk_words, dtype=torch.int32, device=device)
         verdict_planes = 2 if planes == 2 else 1
         verdict = ballot.new_zeros(1, verdict_planes, layout.words_per_shard)
+        blanks = ballot.new_zeros(1, layout.blank_words) if planes == 1 else None
+        trailer = trailer_of(layout).to(device)
+        shared = torch.tensor([5], device=device)
         step = step_of(0).to(device)
         lr = torch.tensor(0.1, device=device)
         counter = no_counts().to(device)
 
-        def encode(g=g, m=m, ballot=ballot, step=step, counter=counter):
-            chunk = layout.planes_of(ballot), layout.flags_of(ballot)
-            ops.encode(g, m, *chunk, 0.5, 0.75, False, 7, 0, step, counter)
+        def encode(
+            g=g, m=m, ballot=ballot, step=step, counter=counter, trailer=trailer, shared=shared
+        ):
+            chunk = layout.planes_of(ballot), layout.blanks_of(ballot)
+            ops.encode(
+                g, m, *chunk, 0.5, 0.75, False, 7, 0, step, counter,
+                trailers=layout.trailers_of(ballot), trailer=trailer, shared=shared,
+            )  # fmt: skip
 
-        def decide(params=params, received=received, verdict=verdict, step=step, lr=lr):
-            ops.elect(layout.planes_of(received), verdict[0], n * planes, 0, 7, step)
-            flags = layout.flags_of(received)
-            ops.apply(params, verdict, flags, verdict.shape[1], lr, 0.3, step)
+        def decide(
+            params=params, received=received, verdict=verdict, blanks=blanks, step=step, lr=lr
+        ):
+            ballots, of_ballots = layout.planes_of(received), layout.blanks_of(received)
+            ops.elect(
+                ballots, verdict[0], n * planes, 0, 7, step, blanks=of_ballots, out_blanks=blanks
+            )
+            trailers = layout.trailers_of(received)
+            ops.apply(params, verdict, blanks, trailers, verdict.shape[1], lr, 0.3, step)
 
         run = [encode, decide]
         if device == "cuda":
@@ -374,10 +393,16 @@ def test_more_than_2_to_the_31_elements():
     assert (p[-6] == 1.5) and (p[-5:] == 0.5).all() and (m[-5:] == 0.5).all()
     layout = BallotLayout((n,), 1, 1)
     chunks = torch.zeros(1, layout.chunk_words, dtype=torch.int32, device="cuda")
-    planes, flags = layout.planes_of(chunks), layout.flags_of(chunks)
+    planes, blanks, trailers = (
+        part(chunks) for part in (layout.planes_of, layout.blanks_of, layout.trailers_of)
+    )
     step = step_of(0).cuda()
-    ops.encode([g], [m], planes, flags, 0.5, 0.5, False, 0, 0, step, no_counts().cuda())
-    ops.apply([p], planes, flags, 1, lr_of(0.5), 0.0, step)
+    ops.encode(
+        [g], [m], planes, blanks, 0.5, 0.5, False, 0, 0, step, no_counts().cuda(),
+        trailers=trailers, trailer=trailer_of(layout).cuda(),
+        shared=torch.zeros(0, dtype=torch.int64, device="cuda"),
+    )  # fmt: skip
+    ops.apply([p], planes, blanks, trailers, 1, lr_of(0.5), 0.0, step)
     assert (p[:5] == 2.0).all() and (p[2**31 - 5 : 2**31 + 5] == 2.0).all()
     assert (p[-6] == 2.0) and (p[-5:] == 0.0).all()
 

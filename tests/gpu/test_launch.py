@@ -15,7 +15,7 @@ import backends
 from common import Dispatched, Workers, bits_equal, exact, generator, lr_of, no_counts, step_of
 from lion_kernels import Lion, kernels, native, options, reference
 from lion_kernels.kernels import config, launch, table
-from lion_kernels.layout import BallotLayout
+from lion_kernels.layout import DIGEST, READY, STATUS, BallotLayout, room_of
 
 pytestmark = pytest.mark.skipif(backends.HAS_CUDA, reason="the kernels are not interpreted here")
 
@@ -62,10 +62,11 @@ def test_one_launch_for_equal_types(counts):
     assert counts["launch"] == 1
     layout = BallotLayout((7,) * 40, 1, 2)
     chunks = torch.zeros(2, layout.chunk_words, dtype=torch.int32)
-    args = layout.planes_of(chunks), layout.flags_of(chunks)
+    args = layout.planes_of(chunks), layout.blanks_of(chunks)
     launch.encode(g, m, *args, 0.5, 0.75, False, 0, 0, step_of(0), no_counts())
     assert counts["launch"] == 2
-    launch.apply(p, layout.planes_of(chunks), args[1], 1, lr_of(0.1), 0.0, step_of(0))
+    trailers = layout.trailers_of(chunks)
+    launch.apply(p, *args, trailers, 1, lr_of(0.1), 0.0, step_of(0))
     assert counts["launch"] == 3
     q, h, k = lists([7] * 3, torch.bfloat16)
     step(p + q, g + h, m + k)
@@ -148,13 +149,12 @@ def test_an_lr_on_the_device_is_read_there(monkeypatch, dtype):
     step(p, g, m, lr)
     monkeypatch.undo()
     assert all(bits_equal(a, b) for a, b in zip(p + m, twins[0] + twins[2], strict=True))
-    verdict = torch.tensor([[[0, 5, -1, 7]]], dtype=torch.int32)
-    q, twin = [torch.randn(100, generator=generator(1))], []
+    verdict = torch.tensor([[[0, 5, -1, 7, 0, 0, 0, 0]]], dtype=torch.int32)
+    q = [torch.randn(100, generator=generator(1))]
     twin = [q[0].clone()]
-    flags = torch.ones(1, 4, dtype=torch.int32)
-    reference.apply(twin, verdict, flags, 1, lr, 0.3, step_of(0))
+    reference.apply(twin, verdict, None, trailers_of(1), 1, lr, 0.3, step_of(0))
     monkeypatch.setattr(launch, "_is_on_host", lambda _: False)
-    launch.apply(q, verdict, flags, 1, lr, 0.3, step_of(0))
+    launch.apply(q, verdict, None, trailers_of(1), 1, lr, 0.3, step_of(0))
     assert bits_equal(q[0], twin[0])
 
 
@@ -182,33 +182,138 @@ def test_unaligned_tensors_are_correct(dtype, offset):
             assert bits_equal(room[start + n :], before[i][start + n :])
 
 
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
 @pytest.mark.parametrize("planes", [1, 2])
-def test_many_words_without_a_tensor(planes):
-    """17 shards for one small tensor: most of the ballot is padding, and all of it zeros."""
-    ballots = []
+def test_encode_writes_its_tensors_words_and_every_trailer(planes, found_inf):
+    """Of a list behind another: words before it, behind its last octet and beside the planes stay
+    as they are; trailers are written in every shard, also where the step will not happen."""
+    layout = BallotLayout((300, 700, 5, 40), planes, 3)
+    trailer = torch.arange(layout.trailer_words, dtype=torch.int32)
+    shared = torch.tensor([3, -1], dtype=torch.int64)
+    written = []
     for of in (launch, reference):
-        chunks = torch.full((17, 96 * planes + 4), -1, dtype=torch.int32)
-        wide = chunks[:, : 96 * planes].unflatten(1, (planes, 96))
-        g, m = exact(5, generator(0)), exact(5, generator(1))
-        flags = chunks[:, -4:]
-        of.encode([g], [m], wide, flags, 0.5, 0.75, False, 0, 0, step_of(0), no_counts())
-        ballots.append(wide.clone())
-    assert torch.equal(*ballots)
+        chunks = torch.full((3, layout.chunk_words), -1, dtype=torch.int32)
+        g, m = ([exact(n, generator(n + i)) for n in (700, 5)] for i in range(2))
+        g[0][64:200], m[0][64:200] = 0, 0
+        of.encode(
+            g, m, layout.planes_of(chunks), layout.blanks_of(chunks), 0.5, 0.75, False, 7, 1,
+            step_of(3), no_counts(), found_inf=torch.tensor([found_inf]), first_word=16,
+            trailers=layout.trailers_of(chunks), trailer=trailer, shared=shared,
+        )  # fmt: skip
+        written.append(chunks)
+    assert torch.equal(*written)
+
+
+def test_two_ranks_toss_opposite_coins_for_single_zeros():
+    """And none in a word of zeros alone, which is blank."""
+    layout = BallotLayout((3000,), 1, 1)
+    gen, tosses = generator(0), []
+    g = exact(3000, gen)
+    g[::3], g[64:96] = 0, 0
+    for rank in (2, 3):
+        chunks = torch.full((1, layout.chunk_words), -1, dtype=torch.int32)
+        planes, blanks = layout.planes_of(chunks), layout.blanks_of(chunks)
+        m = torch.zeros(3000)
+        launch.encode([g], [m], planes, blanks, 0.5, 0.75, False, 0, rank, step_of(0), no_counts())
+        assert blanks[0, :3].tolist() == [1 << 2, 0, 0]
+        tosses.append(reference.unpack(planes)[0, :3000])
+    is_coin = g == 0
+    is_coin[64:96] = False
+    assert torch.equal(tosses[0] + tosses[1], torch.where(is_coin, 1, 2 * (g > 0)))
+
+
+def trailers_of(n_ranks, n_flags=128):
+    """Trailers of ranks that are ready, agree and flag every tensor."""
+    trailers = torch.full((n_ranks, n_flags // 32 + 4), -1, dtype=torch.int32)
+    trailers[:, STATUS] = READY
+    return trailers
+
+
+# What makes a rank's trailer another: its status, or either word of its digest.
+ODD = [None, (STATUS, 1 << 8), (DIGEST, 5), (DIGEST + 1, 1 << 30)]
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize(("n_ranks", "at"), [(1, 0), (3, 0), (32, 31), (33, 0), (40, 39)])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_nothing_happens_unless_all_ranks_agree(rounding, n_ranks, at, odd):
+    """Every program asks up to 32 ranks; of more, what a launch joined for it."""
+    trailers = trailers_of(n_ranks)
+    if odd is not None:
+        word, change = odd
+        trailers[at, word] ^= change
+    happens = odd is None or (n_ranks == 1 and odd[0] != STATUS)
+    verdict = torch.zeros(1, 1, 80, dtype=torch.int32)
+    p, step = torch.ones(2500, dtype=torch.bfloat16), step_of(4)
+    launch.apply(
+        [p], verdict, None, trailers, 1, lr_of(0.5), 0.0, step, rounding=rounding, first_flag=70
+    )
+    assert step.item() == 4 + happens
+    assert (p == (1.5 if happens else 1.0)).all()
+
+
+@pytest.mark.parametrize("cautious_decay", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blank_words_decay_alone(dtype, cautious_decay):
+    """Over a whole tile and a rest, from a word on that is not the first; whatever the planes say
+    there, and with the sign of a zero."""
+    n = config.apply_config(1).block + 700
+    gen, first_word = generator(0), 64
+    words = first_word + room_of(n)
+    verdict = torch.randint(-(2**31), 2**31, (1, 1, words), generator=gen).to(torch.int32)
+    blanks = torch.randint(-(2**31), 2**31, (1, words // 32 + 1), generator=gen).to(torch.int32)
+    p = torch.randn(n, generator=gen).to(dtype)
+    p[::7] = -0.0
+    twin = p.clone()
+    for of, tensor in ((launch, p), (reference, twin)):
+        of.apply(
+            [tensor], verdict, blanks, trailers_of(2), 1, lr_of(0.1), 0.3, step_of(0),
+            cautious_decay=cautious_decay, first_word=first_word,
+        )  # fmt: skip
+    assert bits_equal(p, twin)
 
 
 def test_empty_lists():
     verdict, step = torch.zeros(1, 1, 0, dtype=torch.int32), step_of(0)
-    launch.apply([], verdict, torch.zeros(2, 0, dtype=torch.int32), 1, lr_of(0.1), 0.0, step)
+    launch.apply([], verdict, None, trailers_of(2, 0), 1, lr_of(0.1), 0.0, step)
     assert step.item() == 1
     launch.lion_step([], [], [], lr_of(0.1), 0.5, 0.75, 0.0, False)
 
 
 def test_a_group_beyond_int32_words_is_refused():
-    ballot = torch.zeros(1, 1, 4, dtype=torch.int32).expand(2**30, 1, 4)
-    flags = torch.zeros(1, 4, dtype=torch.int32).expand(2**30, 4)
+    ballot = torch.zeros(1, 1, 8, dtype=torch.int32).expand(2**29, 1, 8)
+    blanks = torch.zeros(1, 4, dtype=torch.int32).expand(2**29, 4)
     m = [torch.zeros(5)]
     with pytest.raises(ValueError, match=r"fewer than 2\*\*31 ballot words, got 4294967296"):
-        launch.encode(m, m, ballot, flags, 0.5, 0.75, False, 0, 0, step_of(0), no_counts())
+        launch.encode(m, m, ballot, blanks, 0.5, 0.75, False, 0, 0, step_of(0), no_counts())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("blanks", "blanks must have unit stride in its last dimension"),
+        ("trailers", "trailers must have unit stride in its last dimension"),
+        ("trailer", "trailer must have unit stride in its last dimension"),
+        ("shared", "shared must be on cpu, got meta"),
+    ],
+)
+def test_words_that_kernels_cannot_reach(name, said):
+    layout = BallotLayout((5,), 1, 2)
+    chunks = torch.zeros(2, layout.chunk_words, dtype=torch.int32)
+    given = {
+        "blanks": layout.blanks_of(chunks),
+        "trailers": layout.trailers_of(chunks),
+        "trailer": torch.zeros(layout.trailer_words, dtype=torch.int32),
+        "shared": torch.zeros(1, dtype=torch.int64, device="meta" if name == "shared" else "cpu"),
+    }
+    if name != "shared":
+        given[name] = given[name].repeat_interleave(2, -1)[..., ::2]
+    m = [torch.zeros(5)]
+    with pytest.raises(ValueError, match=said):
+        launch.encode(
+            m, m, layout.planes_of(chunks), given.pop("blanks"), 0.5, 0.75, False, 0, 0,
+            step_of(0), no_counts(), **given,
+        )  # fmt: skip
 
 
 def test_scalars_of_the_wrong_kind(monkeypatch):

@@ -4,7 +4,9 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import oracle
 from lion_kernels import DistributedLion
+from lion_kernels.layout import DIGEST, VERSION, WIRE_VERSION, BallotLayout, pack_flags
 from lion_kernels.simulate import loopback
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,6 +36,34 @@ def stored(x, dtype):
 def words(t):
     """int32 words as the uint32 that the oracle packs."""
     return t.contiguous().numpy().view(np.uint32)
+
+
+def int32(words):
+    """The oracle's words as a tensor of the same bits."""
+    return torch.from_numpy(np.ascontiguousarray(words, np.uint32).view(np.int32))
+
+
+def random_words(*shape, gen):
+    return torch.randint(-(2**31), 2**31, shape, generator=gen).to(torch.int32)
+
+
+def blank_bits(is_blank, n_words):
+    """Blank bits, int32 (n, n_words), of so many ballots' words (n, words); those behind are 0."""
+    bits = np.zeros((len(is_blank), 32 * n_words), np.uint8)
+    bits[:, : is_blank.shape[1]] = is_blank
+    return int32(np.stack([oracle.pack(row) for row in bits]))
+
+
+def trailers_of(present, ranks=3):
+    """Trailers of ranks that are ready and share one digest, int32 (ranks, words): the one in the
+    middle has gradients of the tensors that are ``present``, the others of none."""
+    layout = BallotLayout((1,) * len(present), 1, 1)
+    trailers = torch.zeros(ranks, layout.trailer_words, dtype=torch.int32)
+    flags = torch.tensor(pack_flags(present, layout.flag_words), dtype=torch.int32)
+    trailers[ranks // 2, : layout.flag_words] = flags
+    trailers[:, VERSION] = WIRE_VERSION
+    trailers[:, DIGEST:] = torch.tensor([5, -7], dtype=torch.int32)
+    return trailers
 
 
 def bits_equal(a, b):

@@ -1,8 +1,13 @@
 // As much of the CUDA runtime as csrc/cuda/tally.cu uses: a launch runs every thread in turn, here.
 //
-// For tests without a GPU. It shows what a kernel computes, not how fast, and no race: threads that
-// communicate would need more.
+// For tests without a GPU. It shows what a kernel computes, not how fast. A thread runs up to
+// __syncthreads or its end before the next one starts: of races it shows those that this order has.
 #pragma once
+
+#include <ucontext.h>
+
+#include <functional>
+#include <vector>
 
 #define LION_CUDA_SHIM
 
@@ -32,6 +37,47 @@ typedef void* cudaStream_t;
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 inline int shim_launches = 0;
 
+// One thread of a block, on a stack of its own.
+struct ShimThread {
+  static constexpr int kStackBytes = 1 << 16;
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(kStackBytes);
+  bool done;
+};
+inline ucontext_t shim_block;  // where a thread goes when it waits or ends
+inline ShimThread* shim_thread;
+inline std::function<void()> shim_kernel;
+
+inline void __syncthreads() { swapcontext(&shim_thread->context, &shim_block); }
+
+inline void shim_body() {
+  shim_kernel();
+  shim_thread->done = true;
+}
+
+inline void shim_run_block() {
+  static std::vector<ShimThread> threads;
+  if (threads.size() < blockDim.x) threads.resize(blockDim.x);
+  for (unsigned i = 0; i < blockDim.x; ++i) {
+    ShimThread& thread = threads[i];
+    thread.done = false;
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.data();
+    thread.context.uc_stack.ss_size = thread.stack.size();
+    thread.context.uc_link = &shim_block;
+    makecontext(&thread.context, shim_body, 0);
+  }
+  for (bool running = true; running;) {
+    running = false;
+    for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) {
+      shim_thread = &threads[threadIdx.x];
+      if (shim_thread->done) continue;
+      swapcontext(&shim_block, &shim_thread->context);
+      running = true;
+    }
+  }
+}
+
 template <class Args>
 cudaError_t cudaLaunchKernel(void (*kernel)(Args), dim3 grid, dim3 block, void** args,
                              unsigned long /*shared_bytes*/, cudaStream_t /*stream*/) {
@@ -39,8 +85,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Args), dim3 grid, dim3 block, void**
   ++shim_launches;
   gridDim = grid;
   blockDim = block;
-  for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
-    for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x)
-      kernel(*static_cast<Args*>(args[0]));
+  shim_kernel = [kernel, args] { kernel(*static_cast<Args*>(args[0])); };
+  for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) shim_run_block();
   return cudaSuccess;
 }

@@ -5,6 +5,7 @@ Owns the compilation and the calls; the kernels run unchanged under cuda_shim.h.
 
 import ctypes
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,9 +23,23 @@ TRAP = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
 POINTER, INT64, INT, UINT64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint64
 
 
+class TallyRun(ctypes.Structure):
+    """csrc/tally_run.h."""
+
+    _fields_ = (
+        *(("ballots", POINTER), ("ballot_stride", INT64), ("plane_stride", INT64)),
+        *(("n_ballots", INT64), ("planes_in", INT), ("planes_out", INT)),
+        *(("scale", ctypes.c_uint32), ("out", POINTER), ("out_stride", INT64)),
+        *(("toss_ties", ctypes.c_bool), ("coin_key", UINT64), ("first_word", UINT64)),
+        *(("blanks", POINTER), ("blank_stride", INT64)),
+        *(("out_blanks", POINTER), ("out_blank_bytes", INT64), ("weights", POINTER)),
+    )
+
+
 def compiler():
-    """The C++ compiler's path, or None."""
-    return shutil.which(os.environ.get("CXX", "c++"))
+    """The C++ compiler, in one word or several ("ccache g++"), or None."""
+    words = shlex.split(os.environ.get("CXX") or "c++")
+    return words if shutil.which(words[0]) else None
 
 
 class OnHost:
@@ -36,35 +51,60 @@ class OnHost:
             source = HERE / "tally_on_host.cpp"
             if compiler() is None:
                 pytest.skip("no C++ compiler")
-            command = [compiler(), *FLAGS, *TRAP, "-shared", f"-I{HERE.parents[1] / 'csrc'}"]
+            command = [*compiler(), *FLAGS, *TRAP, "-shared", f"-I{HERE.parents[1] / 'csrc'}"]
             subprocess.run([*command, "-o", str(library), str(source)], check=True)
         self._library = ctypes.CDLL(str(library))
-        self._library.lion_count.argtypes = (
-            *(POINTER, INT64, INT64, INT64, INT, INT, ctypes.c_uint32, POINTER),
-            *(INT64, INT64, INT, UINT64, INT64, POINTER),
-        )
+        self._library.lion_count.argtypes = ctypes.POINTER(TallyRun), INT64, INT64, POINTER, INT
 
     @property
     def launches(self):
         """Kernels launched so far."""
         return self._library.lion_launches()
 
-    def tally(self, ballots, tally, scale):
-        ops.CHECKS["tally"](ballots, tally, scale)
-        self._count(ballots, tally, scale)
+    def tally(self, ballots, tally, *options, **named):
+        ops.CHECKS["tally"](ballots, tally, *options, **named)
+        self._count(False, False, ballots, tally, *options, **named)
 
-    def elect(self, ballots, verdict, scale, first_word, seed, step):
-        ops.CHECKS["elect"](ballots, verdict, scale, first_word, seed, step)
-        self._count(ballots, verdict, scale, first_word, seed, step)
+    def elect(self, ballots, verdict, *options, **named):
+        ops.CHECKS["elect"](ballots, verdict, *options, **named)
+        self._count(True, verdict.shape[0] == 1, ballots, verdict, *options, **named)
 
-    def _count(self, ballots, out, scale, first_word=0, seed=0, step=None):
+    def _count(
+        self,
+        is_elect,
+        toss_ties,
+        ballots,
+        out,
+        scale,
+        first_word,
+        seed,
+        step,
+        blanks=None,
+        out_blanks=None,
+        weights=None,
+    ):
         for planes in (ballots, out):
             assert planes.shape[-1] <= 1 or planes.stride(-1) == 1
+        run = TallyRun(
+            ballots=ballots.data_ptr(),
+            ballot_stride=ballots.stride(0),
+            plane_stride=ballots.stride(1),
+            n_ballots=ballots.shape[0],
+            planes_in=ballots.shape[1],
+            planes_out=scale.bit_length(),
+            scale=scale,
+            out=out.data_ptr(),
+            out_stride=out.stride(0),
+            toss_ties=toss_ties,
+            first_word=first_word,
+        )
+        if blanks is not None:
+            run.blanks, run.blank_stride = blanks.data_ptr(), 4 * blanks.stride(0)
+        if out_blanks is not None:
+            run.out_blanks, run.out_blank_bytes = out_blanks.data_ptr(), 4 * out_blanks.shape[1]
+        if weights is not None:
+            run.weights = weights.data_ptr()
         status = self._library.lion_count(
-            ballots.data_ptr(),
-            *(ballots.stride(0), ballots.stride(1), ballots.shape[0], ballots.shape[1]),
-            *(scale.bit_length(), scale, out.data_ptr(), out.stride(0), out.shape[1]),
-            *(out.shape[0] == 1, first_word, seed),
-            None if step is None else step.data_ptr(),
+            ctypes.byref(run), out.shape[1], seed, step.data_ptr(), is_elect
         )
         assert status == 0, f"launch failed: {status}"

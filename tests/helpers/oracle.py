@@ -52,7 +52,7 @@ def _splitmix(state):
 
 
 def coin(seed, stream, step, first, n):
-    """The coins of elements first .. first + n, 0 or 1; stream is the rank, or -1 for ties."""
+    """The coins of elements first .. first + n, 0 or 1; stream -1 is that of ties."""
     key = _splitmix(_splitmix(_splitmix(seed) ^ (stream & M64)) ^ step)
     out = np.empty(n, np.uint8)
     for i in range(n):
@@ -113,51 +113,99 @@ def dequantize(q, scales):
     return np.where(q == -128, np.float32(np.nan), m)
 
 
+def zero_coin(seed, rank, step, first, n):
+    """The coins of zero votes: two steps share them, turned over in the second, and on every other
+    rank."""
+    return coin(seed, -3, step // 2, first, n) ^ ((rank + step) % 2)
+
+
+def sealed(digest, shared):
+    """A digest, a uint64, that has taken up integers of 64 bits, one after the other."""
+    for value in shared:
+        digest = _splitmix(digest ^ (value & M64))
+    return digest
+
+
+def room(n):
+    """Elements of word space that a tensor of n takes: octets of words."""
+    return -(-n // 256) * 256
+
+
+def blank(vote):
+    """Of each element, whether all votes of its word are zero."""
+    padded = np.zeros(-(-len(vote) // 32) * 32, bool)
+    padded[: len(vote)] = vote != 0
+    return np.repeat(~padded.reshape(-1, 32).any(1), 32)[: len(vote)]
+
+
 def votes(c, ballots, coins):
-    """sign(c); not finite abstains; binary ballots replace a zero vote by its coin."""
+    """sign(c); not finite abstains; in binary ballots a zero vote is its coin, but in a word whose
+    votes are all zero, which is blank."""
     c = np.asarray(c, np.float64)
     vote = np.where(np.isfinite(c), np.sign(np.where(np.isfinite(c), c, 0)), 0).astype(np.int64)
     if ballots == "binary":
-        vote = np.where(vote == 0, 2 * coins.astype(np.int64) - 1, vote)
+        is_coin = (vote == 0) & ~blank(vote)
+        vote = np.where(is_coin, 2 * coins.astype(np.int64) - 1, vote)
     return vote
 
 
-def majority(total, ties, coins):
-    """sign(total); a tie is 0, or its coin."""
-    delta = np.sign(total)
-    return np.where(total == 0, 2 * coins.astype(np.int64) - 1, delta) if ties == "coin" else delta
+def majority(total, says_zero, is_blank, coins):
+    """sign(total); a tie is 0 where the verdict can say so, and in words that all left blank; else
+    its coin."""
+    is_coin = (total == 0) & ~is_blank & (not says_zero)
+    return np.where(is_coin, 2 * coins.astype(np.int64) - 1, np.sign(total))
+
+
+def rounded(total, scale, is_blank, coins):
+    """A sum of votes as a tally of that scale says it, which only holds every other integer: up or
+    down, as the coin falls."""
+    is_between = ((total + scale) % 2 != 0) & ~is_blank
+    return np.where(is_between, total + 2 * coins.astype(np.int64) - 1, total)
 
 
 class World:
     """N workers and their common parameters, kept as a list of flat float32 arrays."""
 
-    def __init__(self, params, n, *, aggregation, ballots, ties, seed, lr, betas, weight_decay):
+    def __init__(
+        self, params, n, *, aggregation, ballots, ties, seed, lr, betas, weight_decay, weights=None
+    ):
         self.params = [np.array(p, np.float32) for p in params]
         self.exp_avgs = [[np.zeros(len(p)) for p in params] for _ in range(n)]
         self.n, self.aggregation, self.ballots, self.ties = n, aggregation, ballots, ties
         self.seed, self.lr, self.betas, self.weight_decay = seed, lr, betas, weight_decay
+        self.weights = weights or [1] * n
         self.steps = 0
+
+    def _direction(self, total, is_blank, ties):
+        """What total, the sum of weighted votes, decides."""
+        weight, is_binary = sum(self.weights), self.ballots == "binary"
+        if self.aggregation == "average":
+            return rounded(total, weight, is_blank, ties) if is_binary else total
+        says_zero = self.ties == "zero" and (weight % 2 == 0 or not is_binary)
+        return majority(total, says_zero, is_blank & is_binary, ties)
 
     def step(self, grads):
         """grads[rank][tensor]: a flat array, or None."""
-        first = 0  # position in the group's ballot: every tensor starts a word
+        first = 0  # position in word space: every tensor starts an octet
         for t, p in enumerate(self.params):
             present = any(rank_grads[t] is not None for rank_grads in grads)
-            total = np.zeros(len(p), np.int64)
+            total, is_blank = np.zeros(len(p), np.int64), np.ones(len(p), bool)
             for rank in range(self.n):
                 g, m = grads[rank][t], self.exp_avgs[rank][t]
                 c = np.zeros(len(p)) if g is None else interpolate(m, g, self.betas[0])
-                coins = coin(self.seed, rank, self.steps, first, len(p))
-                total += votes(c, self.ballots, coins)
+                coins = zero_coin(self.seed, rank, self.steps, first, len(p))
+                vote = votes(c, self.ballots, coins)
+                total += self.weights[rank] * vote
+                is_blank &= blank(vote)
                 if g is not None:
                     self.exp_avgs[rank][t] = np.where(
                         np.isfinite(c), interpolate(m, g, self.betas[1]), m
                     )
+            delta = self._direction(total, is_blank, coin(self.seed, -1, self.steps, first, len(p)))
             if present and self.aggregation == "average":
-                self.params[t] = average_update(p, total, self.n, self.lr, self.weight_decay)
+                n = sum(self.weights)
+                self.params[t] = average_update(p, delta, n, self.lr, self.weight_decay)
             elif present:
-                ties = coin(self.seed, -1, self.steps, first, len(p))
-                delta = majority(total, self.ties, ties)
                 self.params[t] = update(p, delta, self.lr, self.weight_decay)
-            first += -(-len(p) // 32) * 32
+            first += room(len(p))
         self.steps += 1

@@ -6,19 +6,13 @@
 
 extern "C" {
 
-// Strides in words. `step` is null for tally. Returns the cudaError_t of the launch.
-int lion_count(const uint32_t* ballots, int64_t ballot_stride, int64_t plane_stride,
-               int64_t n_ballots, int planes_in, int planes_out, uint32_t scale, uint32_t* out,
-               int64_t out_stride, int64_t n_words, int toss_ties, uint64_t first_word,
-               int64_t seed, const int64_t* step) {
-  lion::CudaTally task{};
-  task.run = {ballots, ballot_stride, plane_stride, n_ballots,      planes_in, planes_out,
-              scale,   out,           out_stride,   toss_ties != 0, 0,         first_word};
+// A run, its coin key aside, is that of lion::TallyRun. Returns the cudaError_t of the launch.
+int lion_count(const lion::TallyRun* run, int64_t n_words, int64_t seed, const int64_t* step,
+               int is_elect) {
+  lion::CudaTally task{*run, n_words, step};
   task.run.coin_key = lion::mix64(lion::mix64(static_cast<uint64_t>(seed)) ^
                                   static_cast<uint64_t>(lion::kTieStream));
-  task.n_words = n_words;
-  task.step = step;
-  return step == nullptr ? lion::launch_tally(task, nullptr) : lion::launch_elect(task, nullptr);
+  return is_elect != 0 ? lion::launch_elect(task, nullptr) : lion::launch_tally(task, nullptr);
 }
 
 int lion_launches() { return shim_launches; }

@@ -5,6 +5,7 @@ of a block of malloc. Torch's allocator gives more than it was asked for.
 """
 
 import ctypes
+import itertools
 import os
 import weakref
 from pathlib import Path
@@ -14,9 +15,18 @@ import torch
 
 import backends
 import lion_kernels
-from common import STORAGE_DTYPES, bits_equal, generator, lr_of, step_of
+from common import (
+    STORAGE_DTYPES,
+    bits_equal,
+    blank_bits,
+    generator,
+    lr_of,
+    random_words,
+    step_of,
+    trailers_of,
+)
 from lion_kernels.int8 import blocks_of
-from lion_kernels.layout import BallotLayout
+from lion_kernels.layout import BallotLayout, words_of
 from lion_kernels.ops import ROUNDINGS, low_dtype
 
 SIZES = (1, 31, 33, 95, 127, 129, 513, 1025)  # around words, blocks of int8 and a chunk of them
@@ -123,25 +133,31 @@ def test_step(level, place, dtype, m_dtype):
 @pytest.mark.parametrize("m_dtype", MOMENTUM_DTYPES)
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
 def test_encode(level, place, dtype, m_dtype, planes):
+    """First words of two octets that are left as they are."""
     gen = generator(2)
     g = floats(SIZES, dtype, gen)
     m, block_scales = momenta(SIZES, m_dtype, gen)
     g[2] = None  # abstains
+    g[5][64:96], m[5][64:96] = 0.0, 0  # blank
     for shards in (1, 3):
-        layout = BallotLayout(SIZES, planes, shards)
-        ballot = torch.zeros(shards, planes, layout.words_per_shard, dtype=torch.int32)
-        flags = torch.zeros(shards, layout.flag_words, dtype=torch.int32)
+        layout = BallotLayout((300, *SIZES), planes, shards)
+        n_words = layout.words_per_shard
+        trailer = random_words(layout.trailer_words, gen=gen)
+        chunk = {
+            "ballot": random_words(shards, planes, n_words, gen=gen),
+            "blanks": random_words(shards, words_of(n_words), gen=gen) if planes == 1 else None,
+            "trailers": random_words(shards, len(trailer), gen=gen),
+            "trailer": trailer,
+            "shared": torch.arange(3),
+        }
         for cautious in (False, True):
             compare(
                 level.encode,
-                {
-                    "grads": g, "exp_avgs": m, "block_scales": block_scales, "ballot": ballot,
-                    "flags": flags,
-                },
+                {"grads": g, "exp_avgs": m, "block_scales": block_scales, **chunk},
                 place,
-                ("ballot", "flags", "step", "nonfinite"),
+                (*chunk, "step", "nonfinite"),
                 beta1=0.9, beta2=0.99, maximize=False, seed=5, rank=1, step=step_of(3),
-                nonfinite=torch.zeros(1, dtype=torch.int64), cautious=cautious,
+                nonfinite=torch.zeros(1, dtype=torch.int64), cautious=cautious, first_word=16,
             )  # fmt: skip
 
 
@@ -153,35 +169,57 @@ def test_apply(level, place, dtype, planes):
     low = low_dtype(dtype)
     lows = [torch.zeros(n, dtype=low) if low else torch.zeros(0) for n in SIZES]
     for shards in (1, 3):
-        layout = BallotLayout(SIZES, planes, shards)
-        bits = torch.randint(
-            -(2**31), 2**31, (shards, planes, layout.words_per_shard), generator=gen
-        )
-        presence = torch.full((2, layout.flag_words), -2, dtype=torch.int32)  # all but the first
+        layout = BallotLayout((300, *SIZES), planes, shards)
+        n_words = layout.words_per_shard
+        words = {
+            "verdict": random_words(shards, planes, n_words, gen=gen),
+            "blanks": random_words(shards, words_of(n_words), gen=gen) if planes % 2 else None,
+            "trailers": trailers_of([True, False, *[True] * (len(SIZES) - 1)]),  # all but the first
+        }
         for rounding in ROUNDINGS:
             kept = {"lows": lows} if rounding == "compensated" else {}
             for cautious in (False, True):
                 compare(
                     level.apply,
-                    {"params": p, "verdict": bits.to(torch.int32), "presence": presence, **kept},
+                    {"params": p, **words, **kept},
                     place,
-                    ("verdict", "presence", "lr", "step"),
+                    (*words, "lr", "step"),
                     scale=(1 << planes) - 1, lr=lr_of(1e-3), weight_decay=0.1, step=step_of(3),
-                    rounding=rounding, cautious_decay=cautious,
+                    rounding=rounding, cautious_decay=cautious, first_word=16, first_flag=1,
                 )  # fmt: skip
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("n, planes", [(1, 1), (3, 1), (8, 2), (9, 2), (17, 1), (64, 2)])
-def test_tally(level, n, planes):
+def test_tally(level, n, planes, weighted):
     """Words at every alignment that int32 have, around the blocks and tiles of the kernels."""
-    scale = n * ((1 << planes) - 1)
+    gen = generator(n)
+    weights = torch.randint(1, 9, (n,), generator=gen).int() if weighted else None
+    scale = ((1 << planes) - 1) * (int(weights.sum()) if weighted else n)
+    rest = {"scale": scale, "first_word": 7, "seed": 5, "step": step_of(3), "weights": weights}
     for n_words in (1, 3, 15, 17, 1023, 1025, 2049):
-        bits = torch.randint(-(2**31), 2**31, (n, planes, n_words), generator=generator(n))
-        call = {"ballots": bits.to(torch.int32), "scale": scale}
-        tally = torch.zeros(scale.bit_length(), n_words, dtype=torch.int32)
-        coins = {"first_word": 7, "seed": 5, "step": step_of(3)}
-        for offset in (0, 4, 8):
+        ballots = random_words(n, planes, n_words, gen=gen)
+        blanks = [None]
+        if planes == 1:
+            is_blank = torch.randint(0, 2, (n, n_words), generator=gen).numpy()
+            is_blank[:, : min(n_words, 1000)] = 0  # a strip that has none
+            blanks.append(blank_bits(is_blank, words_of(n_words)))
+        for of_ballots, offset in itertools.product(blanks, (0, 4, 8)):
             where = lambda t, offset=offset: tight(t, offset)  # noqa: E731
-            compare(level.tally, {**call, "tally": tally}, where)
-            for k in (1, 2) if scale % 2 == 0 else (1,):
-                compare(level.elect, {**call, "verdict": tally[:k]}, where, ("step",), **coins)
+            for op, out, k in outputs(level, scale):
+                says_zero = k == 2 if out == "verdict" else scale % 2 == 0
+                needs_blanks = of_ballots is not None and not says_zero
+                call = {
+                    "ballots": ballots, "blanks": of_ballots,
+                    out: torch.zeros(k, n_words, dtype=torch.int32),
+                    "out_blanks": torch.zeros_like(of_ballots[:1]) if needs_blanks else None,
+                }  # fmt: skip
+                compare(op, call, where, ("step",), **rest)
+
+
+def outputs(level, scale):
+    """The counts of a scale, what they write, and its planes."""
+    yield level.tally, "tally", scale.bit_length()
+    yield level.elect, "verdict", 1
+    if scale % 2 == 0:
+        yield level.elect, "verdict", 2

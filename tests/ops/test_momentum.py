@@ -106,11 +106,11 @@ def test_encode(backend, shards, planes):
     gen = generator(shards)
     numels = (33, 0, 5000, 1, 700, 129)
     grads = [torch.randn(n, generator=gen).to(STORAGE_DTYPES[i % 3]) for i, n in enumerate(numels)]
-    grads[2][77], grads[5] = torch.nan, None
+    grads[2][77], grads[2][128:160], grads[5] = torch.nan, 0.0, None  # momenta of zero are there
     stored = [momentum(n, gen) for n in numels]
     momenta = [twin(q, block_scales) for q, block_scales in stored]
     before = [q.clone() for q, _ in stored]
-    layout, sent = BallotLayout(numels, planes, shards), []
+    layout, sent = BallotLayout((500, *numels), planes, shards), []
     for int8 in (False, True):
         chunks, counts = (
             torch.full((shards, layout.chunk_words), -1, dtype=torch.int32),
@@ -118,8 +118,9 @@ def test_encode(backend, shards, planes):
         )
         backend.encode(
             grads, [q for q, _ in stored] if int8 else momenta, layout.planes_of(chunks),
-            layout.flags_of(chunks), 0.9, 0.99, False, 11, 3, step_of(5), counts, None, None,
+            layout.blanks_of(chunks), 0.9, 0.99, False, 11, 3, step_of(5), counts, None, None,
             shards == 3, [block_scales for _, block_scales in stored] if int8 else None,
+            first_word=16,
         )  # fmt: skip
         assert counts.item() == 1
         sent.append(words(chunks))

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import oracle
-from common import array, bits_equal, exact, generator, lr_of, step_of
+from common import array, bits_equal, blank_bits, exact, generator, lr_of, step_of, trailers_of
 from lion_kernels import DistributedLion, Lion, reference
-from lion_kernels.layout import BallotLayout, pack_flags
+from lion_kernels.layout import BallotLayout, blank_words
 
 HALVES = (torch.bfloat16, torch.float16)
 LOW = {torch.bfloat16: torch.int16, torch.float16: torch.float16}
@@ -47,7 +47,7 @@ def test_stochastic_step_is_the_oracles(backend, dtype, n):
     """Bit-exact on exact inputs, and by an element's place in the list."""
     first, (p, g, m) = inputs(40, dtype, 1), inputs(n, dtype)
     wanted = next_float32(array(p), g, m)
-    random = oracle.random16(SEED, STEP, 64, n)  # 40 elements take two words
+    random = oracle.random16(SEED, STEP, oracle.room(40), n)
     bits, lowest = (8, 0.0) if dtype == torch.bfloat16 else (11, 2.0**-24)
     step(backend, [first[0], p], [first[1], g], [first[2], m], "stochastic")
     np.testing.assert_array_equal(array(p), oracle.round_at_random(wanted, random, bits, lowest))
@@ -93,27 +93,55 @@ def test_compensated_bfloat16_is_a_float32(backend, n):
     assert (np.abs(array(p) - wanted) <= unit / 2 * (1 + 2.0**-8)).all()
 
 
-@pytest.mark.parametrize("planes", [1, 2, 4])
+@pytest.mark.parametrize("first_word", [0, 24])
+@pytest.mark.parametrize(("planes", "scale"), [(1, 1), (2, 2), (2, 3), (4, 8)])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
-def test_apply_is_the_references(backend, rounding, dtype, planes):
+def test_apply_is_the_references(backend, rounding, dtype, planes, scale, first_word):
+    """Random bits are of an element's place among the parameters, wherever their verdict lies."""
     gen = generator(planes)
-    numels, scale = (700, 33, 5000), {1: 1, 2: 2, 4: 8}[planes]
-    layout = BallotLayout(numels, planes, 3)
+    numels = (700, 33, 5000)
+    layout = BallotLayout((32 * first_word, *numels), planes, 3)
     v = torch.randint(0, scale + 1, (3, 32 * layout.words_per_shard), generator=gen)
-    verdict = reference.pack(v, planes)
-    flags = torch.tensor([pack_flags([True, False, True], layout.flag_words)], dtype=torch.int32)
+    is_blank = torch.randint(0, 2, (3, layout.words_per_shard), generator=gen).numpy()
+    blanks = blank_bits(is_blank, blank_words(layout.words_per_shard)) if scale % 2 else None
+    trailers, verdict = trailers_of([True, False, True]), reference.pack(v, planes)
     results = []
     for of in (backend, reference):
         params = [inputs(n, dtype)[0] for n in numels]
         lows = [torch.arange(n).to(LOW[dtype]) for n in numels]
-        given = lows if rounding == "compensated" else None
         counter = step_of(STEP)
-        args = params, verdict, flags, scale, lr_of(LR), WD, counter, None, rounding, given, SEED
-        of.apply(*args)
+        of.apply(
+            params, verdict, blanks, trailers, scale, lr_of(LR), WD, counter, rounding=rounding,
+            lows=lows if rounding == "compensated" else None, seed=SEED, first_word=first_word,
+        )  # fmt: skip
         assert counter.item() == STEP + 1
         results.append([*params, *lows])
     assert all(bits_equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("first_word", [0, 24])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_stochastic_apply_is_the_oracles(backend, dtype, first_word):
+    """Bit-exact, and by an element's place in the list."""
+    numels = (40, 3000)
+    params = [inputs(n, dtype, n)[0] for n in numels]
+    n_words = first_word + sum(oracle.room(n) for n in numels) // 32
+    v = torch.randint(0, 2, (1, 32 * n_words), generator=generator(1))
+    ups, bits = 2 * v[0, 32 * first_word :].numpy() - 1, (8, 0.0)
+    if dtype == torch.float16:
+        bits = (11, 2.0**-24)
+    wanted, first = [], 0
+    for p, n in zip(params, numels, strict=True):
+        whole = oracle.update(array(p), ups[first : first + n], LR, WD)
+        wanted.append(oracle.round_at_random(whole, oracle.random16(SEED, STEP, first, n), *bits))
+        first += oracle.room(n)
+    backend.apply(
+        params, reference.pack(v, 1), None, trailers_of([True, True]), 1, lr_of(LR), WD,
+        step_of(STEP), rounding="stochastic", seed=SEED, first_word=first_word,
+    )  # fmt: skip
+    for p, want in zip(params, wanted, strict=True):
+        np.testing.assert_array_equal(array(p), want)
 
 
 def bf16_weight(value, n=4096):

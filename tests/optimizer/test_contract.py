@@ -70,17 +70,38 @@ def test_a_second_backward_over_an_old_graph_raises(fused):
 
 def test_every_op_raises_the_versions_of_what_it_writes():
     """From its schema: tensors and lists that are marked as written, and no others."""
-    words = torch.zeros(1, 1, 4, dtype=torch.int32)
+    words, trailers = (torch.zeros(1, *n, dtype=torch.int32) for n in ((1, 8), (8,)))
     p, g, m = (torch.ones(32) for _ in range(3))
     lr, step, count = torch.tensor(0.1), torch.zeros(1, dtype=torch.int64), torch.zeros(1).long()
-    flags, out = torch.zeros(1, 4, dtype=torch.int32), torch.zeros(1, 4, dtype=torch.int32)
+    blanks, out_blanks = (torch.zeros(1, 4, dtype=torch.int32) for _ in range(2))
+    out, trailer = torch.zeros(1, 8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
     calls = {
         "lion_step": ([p], [g], [m], lr, 0.9, 0.99, 0.1, False, count),
         "count_agreeing": ([g], [m], count, 0.9, False),
-        "encode": ([g], [m], words, flags, 0.9, 0.99, False, 0, 0, step, count),
-        "tally": (words, out, 1),
-        "elect": (words, out, 1, 0, 0, step),
-        "apply": ([p], words, flags, 1, lr, 0.1, step),
+        "encode": (
+            [g],
+            [m],
+            words,
+            blanks,
+            0.9,
+            0.99,
+            False,
+            0,
+            0,
+            step,
+            count,
+            None,
+            None,
+            False,
+            None,
+            0,
+            trailers,
+            trailer,
+            count,
+        ),
+        "tally": (words, out, 1, 0, 0, step, blanks, out_blanks),
+        "elect": (words, out, 1, 0, 0, step, blanks, out_blanks),
+        "apply": ([p], words, blanks, trailers, 1, lr, 0.1, step),
     }
     assert calls.keys() == ops.SCHEMAS.keys()
     for name, args in calls.items():

@@ -91,9 +91,10 @@ def test_ranks_agree_on_what_the_table_says():
               "exchange": "sharded", "lr": 0.5, "betas": (0.5, 0.5), "weight_decay": 0.5,
               "maximize": True, "momentum_dtype": "int8", "rounding": "stochastic",
               "independent_weight_decay": True, "cautious": True, "cautious_weight_decay": True,
-              "broadcast": False, "check_every": 1}  # fmt: skip
+              "broadcast": False, "check_every": 1, "statistics_every": 1,
+              "audit_every": 1}  # fmt: skip
     table = options.OPTIONS["DistributedLion"]
-    assert others.keys() == {name for name, option in table.items() if not option.is_fixed}
+    assert others.keys() == {name for name, o in table.items() if o.agreed and not o.is_fixed}
     for name, value in others.items():
         ends = loopback(2)
         DistributedLion(parameters(), process_group=ends[0])

@@ -25,7 +25,7 @@ CASES += [(name, f"LION_SIMD_{level}") for name in OF_A_LEVEL for level in ("AVX
 def test_alone(header, level):
     if compiler() is None:
         pytest.skip("no C++ compiler")
-    command = [compiler(), "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+    command = [*compiler(), "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
     command += ["-Wno-psabi", f"-I{CSRC}"]
     folders = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
     command += [f"-isystem{folder}" for folder in folders]

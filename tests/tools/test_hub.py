@@ -51,7 +51,14 @@ for level in hubbed.build_info()["simd_levels"]:
     for a, b in zip(stepped(hubbed), stepped(lion_kernels), strict=True):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), level
 assert hubbed.native._C.__name__.split(".")[-1] == "{NAME}"
-assert hubbed.build_info() == lion_kernels.build_info()
+
+def of_cpu(package):
+    info = package.build_info()
+    del info["cuda"], info["cuda_archs"]
+    return info
+
+assert of_cpu(hubbed) == of_cpu(lion_kernels)
+assert hubbed.native._C.schemas_digest == lion_kernels.native._C.schemas_digest
 
 def raised(function, *args):
     try:
@@ -88,7 +95,7 @@ def test_build_toml_names_every_source_once(project):
     there = [str(p.relative_to(project)) for p in (project / "csrc").rglob("*") if p.is_file()]
     assert sorted(named) == sorted(there)
     ours = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert ours ^ {*there} == {"csrc/bindings.cpp", "csrc/hub/version.h"}
+    assert ours ^ {*there} == {"csrc/bindings.cpp", "csrc/hub/about.cpp"}
     assert all(Path(project, folder).is_dir() for folder in build["torch"]["include"])
 
 
@@ -109,29 +116,31 @@ def test_the_package_is_there_and_needs_nothing_that_the_hub_forbids(project):
 
 
 def compiled(project, folder):
-    """The module, in ``folder``. What calls Python is compiled, as the builder compiles it; the
-    rest is linked from the tree's own build."""
-    built, csrc = next((ROOT / "build").glob("temp.*/csrc"), None), project / "csrc"
-    if compiler() is None or built is None:
-        pytest.skip("no C++ compiler, or no build in build/temp*")
+    """The module, in ``folder``. What calls Python or is the hub's is compiled, as the builder
+    compiles it; the rest is linked from the tree's own build."""
+    of_this_python = f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    built, csrc = ROOT / "build" / of_this_python / "csrc", project / "csrc"
+    if compiler() is None or not built.is_dir():
+        pytest.skip(f"no C++ compiler, or no build in build/{of_this_python}")
     include = Path(torch.__file__).parent / "include"
-    command = [compiler(), "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    command = [*compiler(), "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
     command += ["-Werror", "-Wno-psabi", "-ffp-contract=off", "-DPy_LIMITED_API=0x03090000"]
     command += [f"-DTORCH_EXTENSION_NAME={NAME}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     command += ["-DCPU_KERNEL", f"-I{csrc}", f"-isystem{include}"]
     command += [f"-isystem{sysconfig.get_path('include')}"]
-    calls_python = {csrc / name for name in ("hub/module.cpp", "identity.cpp", "cpu/ops.cpp")}
+    names = ("hub/module.cpp", "hub/about.cpp", "identity.cpp", "cpu/ops.cpp")
+    of_the_hub = {csrc / name for name in names}
     objects = []
     for source in sorted(path for path in csrc.rglob("*.cpp") if path.parent.name != "cuda"):
         objects.append(built / f"{source.relative_to(csrc)}.o")
-        if source in calls_python:
+        if source in of_the_hub:
             objects[-1] = folder / f"{source.stem}.o"
             done = subprocess.run(
                 [*command, "-c", source, "-o", objects[-1]], capture_output=True, text=True
             )
             assert done.returncode == 0, done.stderr
     library = folder / f"{NAME}.abi3.so"
-    link = [compiler(), "-shared", *objects, "-o", library, f"-L{include.parent / 'lib'}"]
+    link = [*compiler(), "-shared", *objects, "-o", library, f"-L{include.parent / 'lib'}"]
     subprocess.run([*link, "-Wl,--no-as-needed", "-ltorch_cpu"], check=True)
     return library
 

@@ -70,6 +70,65 @@ def test_each_has_ops_and_a_library_of_its_own(another):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(op, device), (op, device)
 
 
+OTHER_OPS = """
+import torch, another_lion
+from another_lion import native
+
+op = f"{native.NAMESPACE}::lion_step"
+assert not torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU")
+try:
+    another_lion.Lion([torch.nn.Parameter(torch.ones(3))])
+except RuntimeError as error:
+    print(error)
+"""
+# Beside a torch with CUDA, or one that says so.
+UNUSED_CUDA = """
+import torch
+torch.version.cuda = "13.0"
+import another_lion
+from another_lion import kernels
+
+assert another_lion.build_info()["cuda"] is False
+opt = another_lion.Lion([torch.nn.Parameter(torch.ones(3))], lr=0.5)
+opt.param_groups[0]["params"][0].grad = torch.ones(3)
+opt.step()
+try:
+    kernels.require(vote=True)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def printed(program, folder):
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_library_of_other_ops_is_not_used(tmp_path):
+    """As after `git pull`, where nothing was built again: it would misread what it is given."""
+    file = copy(tmp_path, NAME, NAMESPACE) / "ops.py"
+    text, last = file.read_text(), "bool uniform=False) -> ()"
+    assert last in text
+    file.write_text(text.replace(last, "bool uniform=False, int more=0) -> ()"))
+    said = printed(OTHER_OPS, tmp_path)
+    assert "_C." in said and "was built from another source" in said and "build it again" in said
+
+
+@pytest.mark.parametrize("is_library", [False, True])
+def test_a_cuda_part_that_does_not_fit_ends_no_import(tmp_path, is_library):
+    """Such as one for another machine, or, of the same source no longer, a library of anything."""
+    pytest.importorskip("triton")
+    package = copy(tmp_path, NAME, NAMESPACE)
+    (package / "_cuda.so").unlink(missing_ok=True)
+    content = Path(native._C.__file__).read_bytes() if is_library else b"of another machine"
+    (package / "_cuda.so").write_bytes(content)
+    said = printed(UNUSED_CUDA, tmp_path)
+    assert f"{package}/_cuda.so" in said
+    assert ("was built from another source" if is_library else "cannot be loaded: ") in said
+
+
 def test_a_copy_loads_nothing_of_the_first(tmp_path):
     copy(tmp_path, NAME, NAMESPACE)
     code = f"import sys, {NAME}.conformance; print(*sys.modules, sep=chr(10))"

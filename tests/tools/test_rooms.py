@@ -15,10 +15,8 @@ import lion_kernels
 from lion_kernels import ops, reference
 
 PACKAGE = Path(lion_kernels.__file__).parent
-LEAVES = {
-    f"lion_kernels.{name}"
-    for name in ("_namespace", "capture", "coins", "declare", "dense", "int8", "layout", "shards")
-}
+NAMES = "_about", "_namespace", "capture", "coins", "declare", "dense", "int8", "layout", "shards"
+LEAVES = {f"lion_kernels.{name}" for name in NAMES}
 KERNELS = "lion_kernels.kernels"
 REFERENCE = "lion_kernels.reference"
 
@@ -112,7 +110,8 @@ def test_an_op_has_one_list_of_arguments(name):
 
 def test_an_op_by_keyword_is_the_op():
     ballots, tally = torch.tensor([[[5]], [[3]]], dtype=torch.int32), torch.empty(2, 1).int()
-    ops.tally(ballots=ballots, scale=2, tally=tally)
+    step = torch.zeros(1, dtype=torch.int64)
+    ops.tally(ballots=ballots, scale=2, tally=tally, step=step, seed=0, first_word=0)
     assert tally.flatten().tolist() == [5 ^ 3, 5 & 3]
     params, grads, momenta = ([torch.ones(3)] for _ in range(3))
     ops.lion_step(

@@ -87,7 +87,10 @@ def test_average_and_majority_agree_in_sign(grads, ballots):
     start = np.linspace(-1, 1, grads.shape[2]).astype(np.float32)
     majority = train(one, aggregation="majority", **options).numpy() - start
     average = train(one, aggregation="average", **options).numpy() - start
-    np.testing.assert_array_equal(np.sign(majority), np.sign(average))
+    if ballots == "ternary":
+        np.testing.assert_array_equal(np.sign(majority), np.sign(average))
+    else:  # an odd number of ranks that left a word blank leaves half a vote, which falls to a coin
+        assert (np.sign(majority) * np.sign(average) >= 0).all()
 
 
 @settings(max_examples=30, deadline=None)

@@ -102,30 +102,32 @@ def test_replicas_that_differ_are_named():
 
 
 def test_workers_that_do_something_else_are_named():
-    world = Workers([torch.zeros(40)], 2, lr=0.5)
-    world.params[0][0].grad = torch.ones(40)
-    world.opts[0].step()
-    with pytest.raises(RuntimeError, match="must do the same, got rank 0: more, rank 1: the end"):
-        world.opts[1].verify_replicas()
-    world = Workers([torch.zeros(40)], 2, lr=0.5)
-    world.step([[torch.ones(40)]] * 2)
-    world.opts[0].step()
-    with pytest.raises(RuntimeError, match="must do the same, got rank 0: all_gather, rank 1: val"):
-        world.opts[1].verify_replicas()
+    """Before and after the first step."""
+    for steps, does in ((0, "asks which parameters take part"), (1, "steps")):
+        world = Workers([torch.zeros(40)], 2, lr=0.5)
+        for _ in range(steps):
+            world.step([[torch.ones(40)]] * 2)
+        world.params[0][0].grad = torch.ones(40)
+        world.opts[0].step()
+        named = f"ranks do not do the same: rank 0 {does}; rank 1 verifies the replicas"
+        with pytest.raises(RuntimeError, match=named):
+            world.opts[1].verify_replicas()
 
 
-def test_a_worker_that_fails_leaves_the_others_waiting():
+def test_a_worker_that_fails_is_every_worker_s_error():
+    """Which the last one's call raises; the step can be made good."""
     world = Workers([torch.zeros(40)], 2, lr=0.5)
-    world.params[0][0].grad = torch.ones(40)
-    world.opts[0].step()
-    world.params[1][0].grad = torch.ones(40)
-    world.opts[1].param_groups[0]["lr"] = -1.0
-    with pytest.raises(ValueError, match="lr must be"):
-        world.opts[1].step()
-    assert not any(row[0].any() for row in world.params)
-    world.opts[1].param_groups[0]["lr"] = 0.5
-    world.opts[1].step()
-    assert all(torch.equal(row[0], torch.full((40,), -0.5)) for row in world.params)
+    grads = [[torch.ones(40)]] * 2
+    for steps in range(2):
+        world.opts[1].param_groups[0]["lr"] = -1.0
+        with pytest.raises(ValueError, match=r"lr must be .*, got -1.0 \(on rank 1\)"):
+            world.step(grads)
+        assert all(torch.equal(row[0], torch.full((40,), -0.5 * steps)) for row in world.params)
+        world.opts[1].param_groups[0]["lr"] = 0.5
+        world.step(grads)
+        assert all(
+            torch.equal(row[0], torch.full((40,), -0.5 - 0.5 * steps)) for row in world.params
+        )
 
 
 @pytest.mark.parametrize("n", [0, -1, 1.5, "2", True])
