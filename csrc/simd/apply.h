@@ -57,8 +57,6 @@ void apply_row(void* p_data, void* low_data, int64_t n, const VerdictRun& verdic
   const bool has_blanks = verdict.blanks != nullptr;  // which two planes of scale 2 have not
   if (verdict.n_planes == 1 && has_blanks)
     return apply_planes<kCautiousDecay, kRounding, P, 1, true>(p, low, n, verdict, rounding);
-  if (verdict.n_planes == 1)
-    return apply_planes<kCautiousDecay, kRounding, P, 1, false>(p, low, n, verdict, rounding);
   if (verdict.n_planes == 2 && !has_blanks)
     return apply_planes<kCautiousDecay, kRounding, P, 2, false>(p, low, n, verdict, rounding);
   if (has_blanks)
