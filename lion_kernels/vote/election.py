@@ -196,10 +196,6 @@ class Electorate:
         self._voters = [[params[i] for i in indices] for params, indices in pairs]
         return known
 
-    def is_voter(self, number: int, p: Tensor) -> bool:
-        """Whether ranks agreed that a parameter of a group takes part."""
-        return number < len(self._voters) and any(p is q for q in self._voters[number])
-
     def agreed(self, scaling: Scaling) -> Generator[Transfer, None, Scaling]:
         """Ranks scale and overflow on their own; a step that one of them skips, all must skip,
         before a momentum moves. Four bytes in one all-reduce, only under a GradScaler."""
@@ -210,8 +206,7 @@ class Electorate:
 
     def move(self, moves: list[Move], scaling: Scaling, seed: int) -> Iterator[Transfer]:
         """An election for each family of buckets. seed: of the coins."""
-        self._n_elections += 1
-        if self._n_elections == 1:
+        if self._n_elections == 0:
             yield from self._owner.compare_gradients(moves)
         digest = self._owner.digest(moves)
         families: dict[_Family, list[Move]] = {}
@@ -224,6 +219,8 @@ class Electorate:
             booth, there = self._booths[family], scaling.to(family[0])
             # Other coins than those of the other ballot, at the same places.
             yield from self._elect(booth, mine, there, seed ^ (family[1] * _DOUBLES), digest)
+        # Of those that no rank refused, the same on every rank: audits are due by them.
+        self._n_elections += 1
 
     def _elect(
         self, booth: _Booth, moves: list[Move], scaling: Scaling, seed: int, digest: int
@@ -266,7 +263,7 @@ class Electorate:
                 double.apply(move.bucket, move.settings, bucket, self.poll.verdict_scale)
 
     def _is_due(self, every: int) -> bool:
-        return every > 0 and self._n_elections % every == 0
+        return every > 0 and (self._n_elections + 1) % every == 0
 
     def _kept(self, buffers: Buffers) -> Tensor | None:
         """This rank's chunks, which an audit needs when the verdict lies where they were."""
@@ -365,6 +362,7 @@ class Electorate:
         for seals, event in unseen:
             event.synchronize()
             if not _is_one(seals.tolist(), READY):
+                self._n_elections -= 1  # that the host had taken for one
                 yield from self._explain()
 
     def _explain(self) -> Iterator[Transfer]:

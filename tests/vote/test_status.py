@@ -272,3 +272,25 @@ def test_groups_and_devices_share_an_exchange():
     for i in range(100):
         torch.testing.assert_close(rows[0][i], torch.full((64,), -0.02 * (i + 1)))
         assert torch.equal(rows[0][i], rows[1][i])
+
+
+@pytest.mark.parametrize("what", ["refused option", "lr"])
+def test_audits_stay_in_step_after_a_refusal(worlds, what):
+    """A step that was refused counts on no rank, whoever refused it."""
+    assert worlds(3).run(refused_among_audits, what) == [-2.0] * 3
+
+
+def refused_among_audits(rank, what):
+    options = {"audit_every": 2, "statistics_every": 2, "exchange": "sharded"}
+    params, opt = model(rank, **options)
+    for n in range(5):
+        if n == 1:
+            if rank == 1:
+                change(what, params, opt)
+            with pytest.raises((RuntimeError, ValueError)):
+                step(params, opt)
+            opt.param_groups[0]["lr"] = 0.5
+        else:
+            step(params, opt)
+    assert opt.vote_statistics().steps == 2
+    return params[0][0].item()
