@@ -218,7 +218,7 @@ class DistributedLion(Lion):
 
     def _facts(self, groups: Sequence[dict[str, Any]], first: int) -> list[Fact]:
         found: list[tuple[str, Any]] = [("wire format version", WIRE_VERSION)]
-        number = 0 if self._electorate is None else self._electorate.number
+        number = 0 if self._electorate is None else self._electorate.roll_call.number
         found.append(("number of the optimizer on its process group", number))
         found += [(name, self._shared[name]) for name in _AGREED]
         found.append(("number of parameter groups", len(self.param_groups)))
@@ -258,7 +258,7 @@ class DistributedLion(Lion):
         )
         if not is_same or flags != trained:
             assert self._electorate is not None
-            said: list[Any] = [self._electorate.number, self._shared, trained]
+            said: list[Any] = [self._electorate.roll_call.number, self._shared, trained]
             for move in moves:
                 ps = move.bucket.params
                 said.append((move.number, [(p.shape, p.dtype, memory_order(p)) for p in ps]))

@@ -6,89 +6,33 @@ while it stops. Parameters are written when the verdict is whole and every rank 
 before. Knows no optimizer.
 """
 
-import weakref
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, groupby
-from typing import Any, Protocol
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import double, ops
 from ..bucket import Bucket, Move
-from ..capture import is_capturing
-from ..layout import READY, STATUS, WIRE_VERSION, cap_at_two, pack_flags, room_of, to_int32
+from ..layout import READY, cap_at_two
 from ..options import Settings
 from ..scaling import Scaling
-from .agreement import CHANGED, COUNTS, REFUSES, Fact, Report, ask, explain, union_of
+from .agreement import CHANGED, COUNTS, REFUSES, ask, union_of
 from .audit import audit
+from .booth import Booth
 from .buffers import Buffers
 from .exchange import EXCHANGES
-from .forms import is_report
 from .poll import Poll
+from .roll_call import Owner, RollCall
 from .statistics import Statistics, VoteStatistics, counts_of, summed
 from .wire import Transfer, Wire
 
 # Marks the seed of the coins of float64 ballots.
 _DOUBLES = 0x40
-# How often ranks compare which optimizer they step where that makes the host wait.
-_FIRST = 8
-
 # The buckets of one election: their device, and whether they are float64.
 _Family = tuple[torch.device, bool]
-
-
-class Owner(Protocol):
-    """Whose elections they are: says what all ranks must share in a step."""
-
-    def digest(self, moves: Sequence[Move]) -> int:
-        """Of all that the host knows, 64 bits."""
-
-    def facts(self) -> list[Fact]:
-        """The same, to be compared where digests differ."""
-
-    def compare_gradients(self, moves: Sequence[Move]) -> Iterator[Transfer]:
-        """In the first step: notices gradients that were averaged."""
-
-
-@dataclass(eq=False)
-class _Booth:
-    """Where buckets vote: their buffers, and the place of each in word space and among flags."""
-
-    voters: list[weakref.ref[Bucket]]
-    buffers: Buffers
-    first_words: list[int]
-    first_flags: list[int]
-    weights: Tensor | None
-    statistics: Statistics | None = None
-    trailer: tuple[list[int], Tensor] | None = None  # of the last step
-    flags: tuple[list[bool], list[int]] | None = None
-
-    @classmethod
-    def of(cls, moves: Sequence[Move], buffers: Buffers, weights: Tensor | None) -> "_Booth":
-        sizes = [[p.numel() for p in move.bucket.params] for move in moves]
-        words = accumulate((sum(map(room_of, each)) for each in sizes), initial=0)
-        flags = accumulate(map(len, sizes), initial=0)
-        buckets = [weakref.ref(move.bucket) for move in moves]
-        return cls(buckets, buffers, [*words], [*flags], weights)
-
-    def serves(self, moves: Sequence[Move]) -> bool:
-        pairs = zip(self.voters, moves, strict=False)
-        return len(self.voters) == len(moves) and all(v() is m.bucket for v, m in pairs)
-
-    def trailer_of(self, present: list[bool], status: int, digest: int) -> Tensor:
-        """Presence and seal, int32 (trailer words,), on the device."""
-        if self.flags is None or self.flags[0] != present:
-            self.flags = present, pack_flags(present, self.buffers.layout.flag_words)
-        low, high = to_int32([digest & 0xFFFFFFFF, digest >> 32])
-        values = [*self.flags[1], status, WIRE_VERSION, low, high]
-        if self.trailer is None or self.trailer[0] != values:
-            sent = torch.tensor(values, dtype=torch.int32)
-            if self.buffers.device.type == "cuda":
-                sent = sent.pin_memory().to(self.buffers.device, non_blocking=True)
-            self.trailer = values, sent
-        return self.trailer[1]
 
 
 class Electorate:
@@ -108,65 +52,29 @@ class Electorate:
         self.wire, self.poll, self.exchange = wire, poll, EXCHANGES[exchange]
         self.drive, self._owner = wire.drive, owner
         self._statistics_every, self._audit_every = statistics_every, audit_every
-        self.number = wire.enroll()
+        self.roll_call = RollCall(wire, self.exchange, owner)
         # By family, in the order of a step, which is the same on every rank.
-        self._booths: dict[_Family, _Booth] = {}
-        # Of the last parameter on a GPU: NCCL sends what ranks say by way of one.
-        self._device = torch.device("cpu")
+        self._booths: dict[_Family, Booth] = {}
         self._voters: list[list[Tensor]] = []  # of each group, the same on every rank
-        # Seals that the device had not seen when the host went on.
-        self._unseen: list[tuple[Tensor, torch.cuda.Event]] = []
-        self._n_openings = self._n_elections = 0
+        self._n_elections = 0
         self._statistics: list[Statistics] = []  # with votes that were not read
 
     def is_member(self, p: Tensor) -> bool:
         return p.grad is not None or p.requires_grad
 
     def open(self) -> Iterator[Transfer]:
-        """What comes first where all ranks come together. Raises RuntimeError on every rank where
-        some step another optimizer of the process group: its ballots have other sizes."""
-        yield from self._settle()
-        waits = self._device.type == "cuda"  # for a number from the device
-        if self.wire.n_users > 1 and not (waits and self._n_openings >= _FIRST):
-            number = torch.tensor([[self.number]], device=self._device)
-            numbers = number.new_zeros(self.wire.world_size, 1)
-            yield self.wire.gather(numbers, number)
-            if len(set(seen := numbers.flatten().tolist())) > 1:
-                said = ", ".join(f"optimizer {n} on rank {rank}" for rank, n in enumerate(seen))
-                raise RuntimeError(
-                    f"ranks step different optimizers, numbered as they were built: {said}"
-                )
-        self._n_openings += 1
-
-    def announce(
-        self, status: int, error: Exception | None = None, booths: Sequence[_Booth] | None = None
-    ) -> Iterator[Transfer]:
-        """Takes part in the exchanges of a step, of the sizes that every rank expects, without a
-        vote. Returns where every rank does the same; else raises the same error on every rank."""
-        booths = [*self._booths.values()] if booths is None else booths
-        if not booths and error is not None:  # nobody has stepped
-            report = self._report(status, error)
-            yield from ask(report.does, report.value(), is_report, self.wire, self._device)
-        seals: list[list[int]] = []
-        for booth in booths:
-            buffers = booth.buffers
-            trailer = booth.trailer_of([False] * len(buffers.layout.numels), status, 0)
-            buffers.layout.trailers_of(buffers.ballot).copy_(trailer)
-            yield self.exchange.ballots(self.wire, buffers)
-            if buffers.device.type == "cpu":  # where every rank reads it now
-                seals = buffers.trailers[:, STATUS:].tolist()
-                break
-            yield from self.exchange.verdicts(self.wire, buffers)
-            seals = buffers.trailers[:, STATUS:].tolist()
-        if error is not None or (seals and not _is_one(seals, status)):
-            yield from explain(self._report(status, error), self.wire, self._device)
-
-    def _report(self, status: int, error: Exception | None) -> Report:
-        return Report.of(status, error, self._owner.facts())
+        """What comes first where all ranks come together."""
+        yield from self.roll_call.open()
 
     def refuse(self, error: Exception) -> Iterator[Transfer]:
         """Tells every rank of an error of this one, and raises it on all."""
         yield from self.announce(REFUSES, error)
+
+    def announce(
+        self, status: int, error: Exception | None = None, first: int = 0
+    ) -> Iterator[Transfer]:
+        """Takes part in the exchanges of a step, from the first one on, without a vote."""
+        yield from self.roll_call.announce(status, error, [*self._booths.values()][first:])
 
     def members(
         self, groups: list[list[Tensor]], mine: list[list[int]], asked: list[bool]
@@ -186,10 +94,10 @@ class Electorate:
         if not has_changed:
             return known
         every = [p for params in groups for p in params]
-        self._device = next((p.device for p in every if p.is_cuda), self._device)
+        self.roll_call.device = next((p.device for p in every if p.is_cuda), self.roll_call.device)
         grads = [p.grad for p in every]
         yield from self.announce(CHANGED)
-        known = yield from union_of(known, [*map(len, groups)], self.wire, self._device)
+        known = yield from union_of(known, [*map(len, groups)], self.wire, self.roll_call.device)
         if not all(p.grad is g for p, g in zip(every, grads, strict=True)):
             raise RuntimeError("gradients must stay until the step of every rank has ended")
         pairs = zip(groups, known, strict=True)
@@ -212,9 +120,12 @@ class Electorate:
         families: dict[_Family, list[Move]] = {}
         for move in moves:
             families.setdefault((move.bucket.device, move.bucket.is_double), []).append(move)
-        for family in self._booths.keys() - families.keys():
-            del self._booths[family]
-        self._booths = {family: self._booth_for(family, mine) for family, mine in families.items()}
+        self._booths = {
+            family: Booth.for_moves(
+                mine, self._booths.get(family), self.poll, self.exchange.is_sharded, self.wire.rank
+            )
+            for family, mine in families.items()
+        }
         for family, mine in families.items():
             booth, there = self._booths[family], scaling.to(family[0])
             # Other coins than those of the other ballot, at the same places.
@@ -223,7 +134,7 @@ class Electorate:
         self._n_elections += 1
 
     def _elect(
-        self, booth: _Booth, moves: list[Move], scaling: Scaling, seed: int, digest: int
+        self, booth: Booth, moves: list[Move], scaling: Scaling, seed: int, digest: int
     ) -> Iterator[Transfer]:
         buffers, refusal = booth.buffers, None
         votes = [(move.bucket, move.settings) for move in moves]
@@ -239,11 +150,10 @@ class Electorate:
         except Exception as error:
             refusal = error
         if refusal is not None:
-            booths = [*self._booths.values()]
-            yield from self.announce(REFUSES, refusal, booths[booths.index(booth) :])
+            yield from self.announce(REFUSES, refusal, [*self._booths.values()].index(booth))
         sent = self._kept(buffers)
         yield self.exchange.ballots(self.wire, buffers)
-        yield from self._check(buffers)
+        yield from self.roll_call.check(buffers)
         self._count(booth, moves, seed)
         yield from self.exchange.verdicts(self.wire, buffers)
         if sent is not None:
@@ -263,14 +173,15 @@ class Electorate:
                 double.apply(move.bucket, move.settings, bucket, self.poll.verdict_scale)
 
     def _is_due(self, every: int) -> bool:
-        return every > 0 and (self._n_elections + 1) % every == 0
+        ended = self._n_elections - self.roll_call.n_unfinished
+        return every > 0 and (ended + 1) % every == 0
 
     def _kept(self, buffers: Buffers) -> Tensor | None:
         """This rank's chunks, which an audit needs when the verdict lies where they were."""
         is_due = self.exchange.is_sharded and self._is_due(self._audit_every)
         return buffers.ballot.clone() if is_due else None
 
-    def _count(self, booth: _Booth, moves: list[Move], seed: int) -> None:
+    def _count(self, booth: Booth, moves: list[Move], seed: int) -> None:
         """This rank's shard of the verdict, from every rank's ballots."""
         buffers, layout = booth.buffers, booth.buffers.layout
         ballots, blanks = layout.planes_of(buffers.received), layout.blanks_of(buffers.received)
@@ -303,12 +214,14 @@ class Electorate:
         self._statistics.clear()
         n_ranks = self.wire.world_size
         form = counts_of(n_ranks, n_groups)
-        everyones = yield from ask("tells its statistics", mine, form, self.wire, self._device)
+        everyones = yield from ask(
+            "tells its statistics", mine, form, self.wire, self.roll_call.device
+        )
         return summed(everyones, n_ranks, n_groups)
 
     def _encode(
         self,
-        booth: _Booth,
+        booth: Booth,
         moves: list[Move],
         buckets: list[Bucket],
         scaling: Scaling,
@@ -341,49 +254,6 @@ class Electorate:
                 trailers=trailer[0], trailer=trailer[1], shared=trailer[2],
             )  # fmt: skip
             trailer = (None, None, None)
-
-    def _check(self, buffers: Buffers) -> Iterator[Transfer]:
-        """Raise on every rank where one is not ready, or shares something else. On a GPU, where
-        apply writes nothing then, that is read when ranks next come together: now, the host would
-        wait."""
-        seals = buffers.trailers[:, STATUS:]
-        if buffers.device.type == "cuda":
-            if not is_capturing(buffers.device):
-                seen = torch.empty(seals.shape, dtype=seals.dtype, pin_memory=True)
-                seen.copy_(seals, non_blocking=True)
-                event = torch.cuda.Event()
-                event.record(torch.cuda.current_stream(buffers.device))
-                self._unseen.append((seen, event))
-        elif not _is_one(seals.tolist(), READY):
-            yield from self._explain()
-
-    def _settle(self) -> Iterator[Transfer]:
-        unseen, self._unseen = self._unseen, []
-        for seals, event in unseen:
-            event.synchronize()
-            if not _is_one(seals.tolist(), READY):
-                self._n_elections -= 1  # that the host had taken for one
-                yield from self._explain()
-
-    def _explain(self) -> Iterator[Transfer]:
-        yield from explain(self._report(READY, None), self.wire, self._device)
-
-    def _booth_for(self, family: _Family, moves: list[Move]) -> _Booth:
-        """That of a family; another one where its voters changed."""
-        booth = self._booths.get(family)
-        if booth is not None and booth.serves(moves):
-            return booth
-        numels = tuple(p.numel() for move in moves for p in move.bucket.params)
-        buffers = None if booth is None else booth.buffers
-        if buffers is None or buffers.layout.numels != numels:
-            is_sharded = self.exchange.is_sharded
-            buffers = Buffers.allocate(numels, self.poll, is_sharded, self.wire.rank, family[0])
-        return _Booth.of(moves, buffers, self.poll.weights_on(family[0]))
-
-
-def _is_one(seals: list[list[int]], status: int) -> bool:
-    """Whether every rank has the status, and the version and the digest of the first."""
-    return seals[0][0] == status and all(seal == seals[0] for seal in seals)
 
 
 def _encoding(settings: Settings, bucket: Bucket) -> tuple[Any, ...]:

@@ -20,14 +20,14 @@ def zeros(*shape):
 
 def damaged(monkeypatch, world, rank, change):
     """Changes what a worker has received before it looks at it."""
-    electorate = world.opts[rank]._electorate
-    check = electorate._check
+    roll_call = world.opts[rank]._electorate.roll_call
+    check = roll_call.check
 
     def changed(buffers):
         change(buffers)
         yield from check(buffers)
 
-    monkeypatch.setattr(electorate, "_check", changed)
+    monkeypatch.setattr(roll_call, "check", changed)
 
 
 @pytest.mark.parametrize("exchange", ["allgather", "sharded"])
